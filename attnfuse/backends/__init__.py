@@ -1,0 +1,1 @@
+"""One module a backend: available() and rejects(problem) say why not, forward and backward compute."""
