@@ -55,9 +55,10 @@ def describe(problem: Problem) -> str:
 
 
 class Piece:
-    """Samples that see the same columns of a source, so that one kernel call serves them.
+    """A run of samples that see the same columns of a source, so that one kernel call serves them.
 
-    samples: a slice or an index (n,) into the batch; columns: how many leading keys, or an index (m,) of keys;
+    samples: a slice of the batch, so that queries and leading keys are views (copying keys to gather scattered samples
+    costs more than calling the kernel once a run); columns: how many leading keys, or an index (m,) of keys;
     mask: additive, broadcastable to (n, Hq, Nq, m), or None; dead: bool, broadcastable to (n, Hq, Nq), rows that see
     none of these columns; unseen: (n, Hkv or 1, m) bool, columns no row sees.
     """
@@ -66,7 +67,7 @@ class Piece:
 
     def __init__(
         self,
-        samples: slice | Tensor,
+        samples: slice,
         columns: int | Tensor,
         mask: Tensor | None = None,
         dead: Tensor | None = None,
@@ -79,10 +80,8 @@ class Piece:
         self.unseen = unseen
 
     def rows(self, x: Tensor) -> Tensor:
-        """The piece's samples of x (B, ...): a view for a run of samples."""
-        if isinstance(self.samples, slice):
-            return x if self.samples == All else x[self.samples]
-        return x.index_select(0, self.samples)
+        """The piece's samples of x (B, ...), a view."""
+        return x if self.samples == All else x[self.samples]
 
     def queries(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """The piece's rows of x (B, Hq, Nq, ...), `fill` where a row is dead."""
@@ -99,12 +98,7 @@ class Piece:
 
     def is_whole(self, x: Tensor) -> bool:
         """Whether the piece is every sample and every column of x (B, Hkv, Ns, D)."""
-        return (
-            isinstance(self.samples, slice)
-            and self.samples == All
-            and isinstance(self.columns, int)
-            and self.columns == x.shape[2]
-        )
+        return self.samples == All and isinstance(self.columns, int) and self.columns == x.shape[2]
 
     def add_keys(self, total: Tensor, grad: Tensor) -> None:
         """Put the gradient of `keys(x)` where it belongs in total, the zeroed gradient of x."""
@@ -114,14 +108,6 @@ class Piece:
         else:
             # A piece of chosen columns is always one sample.
             total[self.samples].index_copy_(2, self.columns, grad)
-
-
-def _runs(samples: list[int], batch: int) -> slice | Tensor:
-    if len(samples) == batch:
-        return All
-    if samples[-1] - samples[0] == len(samples) - 1:
-        return slice(samples[0], samples[-1] + 1)
-    return torch.tensor(samples)
 
 
 def pieces_of(problem: Problem, source: BoundSource) -> list[Piece]:
@@ -136,11 +122,14 @@ def pieces_of(problem: Problem, source: BoundSource) -> list[Piece]:
     if source.present is not None:
         lengths = [n if here else 0 for n, here in zip(lengths, source.present.tolist())]
     holes = _hole_samples(source, lengths)
-    groups: dict[int, list[int]] = {}
-    for sample, length in enumerate(lengths):
-        if length > 0 and sample not in holes:
-            groups.setdefault(length, []).append(sample)
-    pieces = [Piece(_runs(samples, batch), length) for length, samples in groups.items()]
+    pieces, start = [], 0
+    for sample in range(1, batch + 1):
+        if sample < batch and lengths[sample] == lengths[start] and not holes.keys() & {start, sample}:
+            continue
+        if lengths[start] > 0 and start not in holes:
+            run = All if sample - start == batch else slice(start, sample)
+            pieces.append(Piece(run, lengths[start]))
+        start = sample
     for sample, kept in holes.items():
         here = slice(sample, sample + 1)
         if source.causal or source.attn_mask is not None:
@@ -284,15 +273,12 @@ def _merge(
         for piece, out in part:
             term = out.to(wide) if out.dtype != wide else out
             share = piece.rows(weights[s])[..., None]
-            if merged is None and isinstance(piece.samples, slice) and piece.samples == All:
+            if merged is None and piece.samples == All:
                 merged = term.mul_(share) if problem.value_dim == query.shape[3] else term * share
                 continue
             if merged is None:
                 merged = empty_output(problem, wide).zero_()
-            if isinstance(piece.samples, slice):
-                merged[piece.samples].addcmul_(term, share)
-            else:
-                merged.index_add_(0, piece.samples, term * share)
+            piece.rows(merged).addcmul_(term, share)
     if merged is None:
         return empty_output(problem).zero_()
     return merged.to(query.dtype)
@@ -362,15 +348,12 @@ def backward(
                     grad_key, grad_value = torch.zeros_like(source.key), torch.zeros_like(source.value)
                 piece.add_keys(grad_key, dk.to(query.dtype))
                 piece.add_keys(grad_value, dv.to(query.dtype))
-            if grad_query is None and isinstance(piece.samples, slice) and piece.samples == All:
+            if grad_query is None and piece.samples == All:
                 grad_query = dq.to(wide)
             else:
                 if grad_query is None:
                     grad_query = torch.zeros_like(query, dtype=wide)
-                if isinstance(piece.samples, slice):
-                    grad_query[piece.samples] += dq
-                else:
-                    grad_query.index_add_(0, piece.samples, dq.to(wide))
+                piece.rows(grad_query).add_(dq)
         if grad_key is None:
             grad_key, grad_value = torch.zeros_like(source.key), torch.zeros_like(source.value)
         per_source.append((grad_key, grad_value, None, grad_bias))

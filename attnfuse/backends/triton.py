@@ -71,7 +71,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
             _strided(query), _strided(out), lse, mass if problem.want_mass else None,
             None if sinks is None else sinks.contiguous(), tuple(_source(s) for s in problem.sources),
             _shared(problem), tiles, **_dims(problem), BLOCK_M=t.block_m, BLOCK_N=t.block_n,
-            PRECISION=_precision(query), num_warps=t.num_warps, num_stages=t.num_stages,
+            SOURCES=len(problem.sources), PRECISION=_precision(query), num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
     return out, lse, mass
 
@@ -165,8 +165,8 @@ def _dq(
     query = problem.query
     batch, heads, rows, _ = query.shape
     grad_query = _empty_rows(query)
-    sums = torch.empty((*lse.shape, len(problem.sources), 2), dtype=torch.float32, device=lse.device) if need_sums else None
-    far_sums = torch.empty((*lse.shape, 2), dtype=torch.float32, device=lse.device) if need_far_sums else None
+    sums = lse.new_empty((*lse.shape, len(problem.sources), 2)) if need_sums else None
+    far_sums = lse.new_empty((*lse.shape, 2)) if need_far_sums else None
     if lse.numel() == 0:
         return grad_query, sums, far_sums
     t = _tile(problem, "dq")
@@ -175,7 +175,7 @@ def _dq(
         attn_bwd_dq[(tiles * batch * heads,)](
             _strided(query), _strided(grad_out), lse, delta, grad_mass, _strided(grad_query), sums, far_sums,
             tuple(_source(s) for s in problem.sources), _shared(problem), problem.scale, tiles, **_dims(problem),
-            BLOCK_M=t.block_m, BLOCK_N=t.block_n, PRECISION=_precision(query),
+            BLOCK_M=t.block_m, BLOCK_N=t.block_n, SOURCES=len(problem.sources), PRECISION=_precision(query),
             num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
     return grad_query, sums, far_sums
@@ -184,7 +184,8 @@ def _dq(
 def _exact_delta(lse: Tensor, delta: Tensor, grad_lse: Tensor | None, sums: Tensor) -> tuple[Tensor, Tensor]:
     """delta as the row sums imply it, free of the rounding of `out`, and how far the given one was off.
 
-    dz sums to grad_lse over all of a row's columns (with the sink's, -p delta): delta = sum dz + delta sum p - grad_lse.
+    dz sums to grad_lse over all of a row's columns (the sink's, -p delta, included), so
+    delta = sum dz + delta sum p - grad_lse.
     """
     better = sums[..., 0].sum(-1) + delta * sums[..., 1].sum(-1)
     if grad_lse is not None:
@@ -257,7 +258,9 @@ def _tile(problem: Problem, pass_: str) -> Any:
 
     query = problem.query
     arch = _arch(query.device) if query.device.type == "cuda" and not _interpreted() else INTERPRETER
-    return tile(arch, query.dtype, max(query.shape[3], problem.value_dim), pass_)
+    masks = any(source.attn_mask is not None for source in problem.sources)
+    heavy = masks or problem.dropout_p > 0 or problem.softcap > 0
+    return tile(arch, query.dtype, max(query.shape[3], problem.value_dim), pass_, heavy)
 
 
 def _dims(problem: Problem) -> dict[str, int]:
@@ -283,7 +286,8 @@ def _device(x: Tensor) -> torch.cuda.device:
 
 def _empty_rows(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape and order of dimensions in memory, the last one contiguous."""
-    order = sorted(range(3), key=lambda d: -x.stride(d)) + [3]
+    strides = x.stride()
+    order = sorted(range(3), key=lambda d: -strides[d]) + [3]
     return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
 
 
@@ -305,10 +309,13 @@ def _shared(problem: Problem) -> Any:
     from ..triton_kernels.tile import Shared
 
     query, slopes, softcap, p = problem.query, problem.alibi_slopes, problem.softcap, problem.dropout_p
+    natural = query.dtype == torch.float32
+    units = 1.0 if natural else math.log2(math.e)
     return Shared(
-        problem.scale * math.log2(math.e),
+        1 if natural else None,
+        problem.scale * units,
         problem.scale / softcap if softcap else None,
-        softcap * math.log2(math.e) if softcap else None,
+        softcap * units if softcap else None,
         slopes,
         None if slopes is None else slopes.stride(0),
         None if slopes is None else slopes.stride(1),

@@ -1,0 +1,1 @@
+"""The Triton kernels. Import as `attnfuse.triton_kernels`: the bare name belongs to another package."""
