@@ -379,9 +379,9 @@ def _as_four(
         ) from None
     tensors = [x.expand(*leading, *x.shape[x.dim() - 2 - heads :]) for x in tensors]
     wide = tensors[0].shape[:-1]
-    if attn_mask is not None and attn_mask.dim() > 4:
-        attn_mask = attn_mask.expand(*wide, attn_mask.shape[-1]).flatten(0, -4)
-    elif attn_mask is not None and len(wide) > 3 and attn_mask.dim() == 4 and attn_mask.shape[0] > 1:
+    if attn_mask is not None and (
+        attn_mask.dim() > 4 or (len(wide) > 3 and attn_mask.dim() == 4 and attn_mask.shape[0] > 1)
+    ):
         attn_mask = attn_mask.expand(*wide, attn_mask.shape[-1]).flatten(0, -4)
     flat = [x.flatten(0, -4) for x in tensors]
     rank = max(query.dim(), key.dim(), value.dim())
@@ -400,8 +400,8 @@ def _torchs_own(
     enable_gqa: bool,
 ) -> Exception:
     """Where torch refuses the call too, its type and its words beside ours; else ours."""
-    given = [query, key, value, attn_mask]
-    tries = []
+    given: list[Any] = [query, key, value, attn_mask]
+    tries: list[list[Any]] = []
     if type(attn_mask).__name__ != "CausalBias":
         # The meta device checks what some of torch's kernels take unchecked, and computes nothing.
         tries.append([x.detach().to("meta") if isinstance(x, Tensor) else x for x in given])
@@ -411,7 +411,8 @@ def _torchs_own(
     for attempt in tries:
         try:
             with torch.no_grad():
-                F.scaled_dot_product_attention(*attempt, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+                q, k, v, mask = attempt
+                F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         except (RuntimeError, TypeError, ValueError, IndexError) as theirs:
             return type(theirs)(f"{ours} (torch: {str(theirs).strip()})")
     return ours

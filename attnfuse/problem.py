@@ -209,10 +209,15 @@ class Problem:
         width = len(BoundSource.TENSORS)
         sources, column = [], 0
         for s in range(len(rest) // width):
-            key, value, *others = rest[s * width : (s + 1) * width]
+            key, value, attn_mask, bias, lengths, key_mask, present, offsets = rest[s * width : (s + 1) * width]
             causal, offset, left, right = layout[4 * s : 4 * s + 4]
             assert key is not None and value is not None
-            sources.append(BoundSource(key, value, *others, bool(causal), offset, left, right, column))
+            sources.append(
+                BoundSource(
+                    key, value, attn_mask, bias, lengths, key_mask, present, offsets,
+                    bool(causal), offset, left, right, column,
+                )
+            )  # fmt: skip
             column += key.shape[2]
         assert query is not None
         return Problem(query, sources, scale, softcap, dropout_p, alibi_slopes, sinks, seed, want_mass)

@@ -7,8 +7,9 @@ Formula (rows i, columns j of source s, head h; DESIGN of the package in one pla
     p = softmax of z over all columns of all sources, a sink logit joining the denominator
     out_i = sum_s sum_j dropout(p) v_j;  lse_i = log sum exp z;  mass_is = sum_{j in s} p
 
-Everything is torch operations, so autograd, double backward and forward-mode AD come from torch. Inputs in 16 bits are
-multiplied as they are and summed in float32, and p is rounded to their dtype before it meets v: what a tensor core does.
+Everything is torch operations, so autograd, double backward and forward-mode AD come from torch. Inputs in 16 bits
+are multiplied as they are and summed in float32, and p is rounded to their dtype before it meets v: what a tensor core
+does.
 Softmax with a sink: Xiao et al. 2023 (arXiv 2309.17453); ALiBi: Press et al. 2022 (arXiv 2108.12409).
 """
 

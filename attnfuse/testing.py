@@ -3,7 +3,9 @@
     error(backend) <= 2 error(reference in the same dtype) + eps(dtype) |x|
 
 Both errors are the root mean square difference to the reference in float64 on the same inputs, for out, lse, mass and
-every gradient; |x| is the root mean square of the quantity. The backend's inputs hold NaN wherever the contract says that nothing is read, the oracle's hold 0 there.
+every gradient; |x| is the root mean square of the quantity. The backend's inputs hold NaN wherever the contract says
+that nothing is read, the oracle's hold 0 there. The oracle itself is held to torch's attention in float64 wherever
+torch can express the case, so that a fault in it cannot widen the budget unseen.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, functional, reference
@@ -236,7 +239,9 @@ def live_rows(problem: Problem) -> Tensor:
     return torch.stack([reference.visible(problem, source).any(-1) for source in problem.sources]).any(0)
 
 
-def run(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", *, oracle: bool = False) -> dict[str, Tensor]:
+def run(
+    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", *, oracle: bool = False
+) -> dict[str, Tensor]:
     """out, lse, mass and every gradient of a case, in float64; `oracle` takes the rounded inputs to float64."""
     problem = build(case, dtype, device, poison=not oracle)
     live = live_rows(problem)
@@ -297,7 +302,23 @@ def judge(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> 
         truth = exact[quantity]
         budget = 2 * difference(low[quantity], truth) + eps * max(size(truth), floors[quantity[0] == "d"])
         results.append(Result(case, quantity, difference(x, truth), budget))
-    return results
+    return results + anchor(case, dtype, exact["out"])
+
+
+def anchor(case: Case, dtype: torch.dtype, exact: Tensor) -> list[Result]:
+    """The oracle's out against torch's own attention in float64, for cases that torch can express."""
+    source = case.sources[0] if len(case.sources) == 1 else None
+    beyond = case.softcap or case.sinks or case.alibi or case.dropout_p
+    if source is None or beyond or source.bias or (source.mask or "").startswith("float"):
+        return []
+    problem = build(case, dtype, poison=False)
+    (bound,) = problem.sources
+    seen = reference.visible(problem, bound)
+    q, k, v = (x.double() for x in (problem.query, bound.key, bound.value))
+    theirs = F.scaled_dot_product_attention(q, k, v, seen, scale=problem.scale, enable_gqa=problem.group > 1)
+    theirs = theirs.where(seen.any(-1)[..., None], torch.zeros((), dtype=torch.float64))
+    # Both sum at most a few hundred products of order 1 in float64.
+    return [Result(case, "out of the oracle", difference(exact, theirs), 1e-12)]
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -2,10 +2,10 @@
 
     lse = logaddexp over s of (lse_s + bias_s);   out = sum_s exp(lse_s + bias_s - lse) out_s
 
-The backward needs no second formula. torch's flash backward computes p = exp(z - lse) and dz = p (dout . v - delta), with
-delta = dout . out, so with the merged out and lse it gives each source its own exact share. Where lse or mass carry a
-gradient, delta_s differs from dout . out by a constant per row, which one more feature brings in: dout gains a 1, out that
-constant, v a 0.
+The backward needs no second formula. torch's flash backward computes p = exp(z - lse) and dz = p (dout . v - delta)
+with delta = dout . out, so with the merged out and lse it gives each source its own exact share. Where lse or mass
+carry a gradient, delta_s differs from dout . out by a constant per row, which one more feature brings in: dout gains a
+1, out that constant, v a 0.
 
 Nothing is concatenated and no (Nq, Ns) matrix arises. Samples are grouped by how much of a source they see, so absent
 and padded keys are never read: a source present in 2 of 8 samples costs 2.
@@ -208,7 +208,7 @@ def _is_plain(problem: Problem) -> bool:
         and source.present is None
         and source.attn_mask is None
         and source.bias is None
-        and 0 < source.key.shape[2]
+        and source.key.shape[2] > 0
         and (not source.causal or source.key.shape[2] <= problem.query.shape[2])
         and problem.query.numel() > 0
         and source.value.shape[3] == problem.query.shape[3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..problem import Problem
 from ..reference import forward as forward
 
+
 def available() -> str | None:
     return None
 
