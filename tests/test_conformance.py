@@ -27,7 +27,9 @@ def test_reference(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [c for c in CASES if testing.serves(c, "aten", torch.float32) is None], ids=str)
-def test_aten(case, dtype):
+@pytest.mark.parametrize("call_cost", [0.0, 1e12], ids=["a-call-a-run", "one-masked-call"])
+def test_aten(case, dtype, call_cost, monkeypatch):
+    monkeypatch.setattr(aten, "CALL_COST", call_cost)
     check(case, "aten", dtype)
 
 

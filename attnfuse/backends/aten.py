@@ -13,6 +13,8 @@ and padded keys are never read: a source present in 2 of 8 samples costs 2.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,9 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 All = slice(None)
+
+# What one more kernel call costs, forward and backward, in multiply-adds the kernel does in that time (bench/notes.md).
+CALL_COST = 4e6
 
 
 def available() -> str | None:
@@ -122,6 +127,14 @@ def pieces_of(problem: Problem, source: BoundSource) -> list[Piece]:
     if source.present is not None:
         lengths = [n if here else 0 for n, here in zip(lengths, source.present.tolist())]
     holes = _hole_samples(source, lengths)
+    if source.attn_mask is None and _padding_is_cheaper(problem, source, lengths, holes):
+        longest = max(lengths)
+        seen = torch.arange(columns) < torch.tensor(lengths)[:, None]
+        for sample, kept in holes.items():
+            seen[sample] = False
+            seen[sample, kept] = True
+        _mask_piece(piece := Piece(All, longest), problem, source, seen[:, None, None, :longest])
+        return [piece]
     pieces, start = [], 0
     for sample in range(1, batch + 1):
         if sample < batch and lengths[sample] == lengths[start] and not holes.keys() & {start, sample}:
@@ -133,9 +146,9 @@ def pieces_of(problem: Problem, source: BoundSource) -> list[Piece]:
     for sample, kept in holes.items():
         here = slice(sample, sample + 1)
         if source.causal or source.attn_mask is not None:
-            seen = torch.zeros(columns, dtype=torch.bool)
-            seen[kept] = True
-            _mask_piece(piece := Piece(here, columns), problem, source, seen[None, None, None])
+            chosen = torch.zeros(columns, dtype=torch.bool)
+            chosen[kept] = True
+            _mask_piece(piece := Piece(here, columns), problem, source, chosen[None, None, None])
             pieces.append(piece)
         else:
             pieces.append(Piece(here, kept))
@@ -144,6 +157,19 @@ def pieces_of(problem: Problem, source: BoundSource) -> list[Piece]:
             if piece.mask is None:
                 _mask_piece(piece, problem, source, None)
     return pieces
+
+
+def _padding_is_cheaper(
+    problem: Problem, source: BoundSource, lengths: list[int], holes: dict[int, Tensor]
+) -> bool:
+    """Whether one masked call over the whole batch beats a call for each run of samples of one length."""
+    longest = max(lengths)
+    runs = sum(a != b for a, b in pairwise(lengths)) + 1 + 2 * len(holes)
+    if longest == 0 or runs == 1:
+        return False
+    _, heads, rows, dim = problem.query.shape
+    needless = sum(longest - n for n in lengths) * heads * rows * (dim + source.value.shape[3])
+    return needless < (runs - 1) * CALL_COST
 
 
 def _hole_samples(source: BoundSource, lengths: list[int]) -> dict[int, Tensor]:
