@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def peak_megabytes() -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_rise(length: int, report: Any) -> None:
+def peak_rise(length: int) -> float:
     """Megabytes by which the process's peak rises over one forward and backward (run in a process of its own)."""
     shapes = [(1, 1, 64, 64)] * 3
     with_backward(attnfuse.attention, *[torch.randn(*s, requires_grad=True) for s in shapes])()
@@ -106,18 +107,15 @@ def peak_rise(length: int, report: Any) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     before = peak_megabytes()
     with_backward(lambda q, k, v: attnfuse.multi_source_attention(q, [Source(k, v), Source(k, v)]), *inputs)()
-    report.put(peak_megabytes() - before)
+    return peak_megabytes() - before
 
 
 def memory(lengths: list[int]) -> list[dict[str, Any]]:
     rows = []
-    context = multiprocessing.get_context("spawn")
     for length in lengths:
-        report = context.Queue()
-        process = context.Process(target=peak_rise, args=(length, report))
-        process.start()
-        rise = report.get()
-        process.join()
+        # A fresh process each, so that no earlier peak hides this one's.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            rise = pool.submit(peak_rise, length).result()
         rows.append({"case": f"memory N {length}", "pass": "forward + backward", "peak_rise_mb": rise})
     return rows
 
