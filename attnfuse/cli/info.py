@@ -58,7 +58,8 @@ def device() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return _cpu_name() + (", Triton interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and installed("triton") is not None
+    return _cpu_name() + (", Triton interpreted" if interpreted else "")
 
 
 def installed(package: str) -> str | None:
