@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .backends import aten, reference, triton
+from .backends import aten, cuda, reference, triton
 from .problem import Problem
 
-BACKENDS = {"triton": triton, "aten": aten, "reference": reference}
+BACKENDS = {"cuda": cuda, "triton": triton, "aten": aten, "reference": reference}
 # In the order they are tried, by the type of the query's device.
-ORDER = {"cuda": ("triton", "reference"), "cpu": ("aten", "reference")}
+ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("aten", "reference")}
 
 
 def load(name: str) -> Any:

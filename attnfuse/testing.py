@@ -31,6 +31,7 @@ class SourceCase:
     length: int
     lengths: tuple[int, ...] | None = None
     holes: bool = False
+    hole_tiles: bool = False  # with holes: the first 64 keys all masked, the next 64 all kept
     mask: str | None = None  # such as "bool b1ij" or "float 11ij"
     present: tuple[bool, ...] | None = None
     bias: bool = False
@@ -70,12 +71,14 @@ def cases() -> list[Case]:
     one = SourceCase
     plain = Case("plain", "square", (one(21),))
     two = (one(19), one(34))
+    long = Case("long", "", (), batch=1, heads=1, kv_heads=1, rows=150, dim=40)
     return [
         plain,
         replace(plain, name="cross", sources=(one(50),), rows=7),
         replace(plain, name="one-query", sources=(one(37),), rows=1),
         replace(plain, name="one-key", sources=(one(1),)),
         replace(plain, name="scale", scale=0.7),
+        replace(plain, name="negative-scale", scale=-0.25),
         replace(plain, name="rows-first", rows_first=True, sources=(one(40),)),
         Case("sources", "two", two),
         Case("sources", "two-aux", two, aux=True),
@@ -126,12 +129,23 @@ def cases() -> list[Case]:
         Case("head_dim", "8", (one(20),), dim=8),
         Case("head_dim", "40-24", (one(20),), dim=40, value_dim=24, aux=True),
         Case("head_dim", "24-80", (one(20), one(5)), dim=24, value_dim=80),
+        Case("head_dim", "33-50", (one(20), one(9)), dim=33, value_dim=50, aux=True),
         Case("head_dim", "96", (one(20),), dim=96),
         Case("head_dim", "128", (one(20, causal=True),), dim=128),
         Case("head_dim", "256-192", (one(20),), dim=256, value_dim=192),
         Case("dropout", "plain", (one(33),), dropout_p=0.3),
         Case("dropout", "two-sources", two, dropout_p=0.2, heads=4, aux=True),
         Case("dropout", "masked", (one(33, lengths=(33, 20), causal=True),), dropout_p=0.5),
+        # Longer than a tile of any kernel in rows and columns, so that walks over tiles and sources are taken.
+        replace(long, name="one-source", sources=(one(200),)),
+        replace(long, name="three-sources", aux=True,
+                sources=(one(150, bias=True), one(70, lengths=(3,)), one(130, bias=True))),
+        replace(long, name="causal-window", sources=(one(190, causal=True, window=(70, -1)), one(66)), aux=True),
+        replace(long, name="lower-right", sources=(one(200, causal=True, offset=60),), sinks=True, rows_first=True),
+        replace(long, name="hole-tiles", sources=(one(200, holes=True, hole_tiles=True), one(70)), softcap=5.0),
+        replace(long, name="head-dim-128", sources=(one(140, window=(90, 10)), one(70, bias=True)), dim=128, aux=True),
+        replace(long, name="head-dim-256", sources=(one(100), one(40)), dim=256, value_dim=200, aux=True),
+        replace(long, name="gqa", sources=(one(130, present=(True,)), one(70, present=(False,))), heads=2, aux=True),
         Case("everything", "together",
              (one(33, lengths=(33, 20), bias=True, causal=True, offset=5, window=(20, -1)),
               one(20, holes=True, present=(True, False), bias=True),
@@ -194,6 +208,9 @@ def build(case: Case, dtype: torch.dtype, device: str = "cpu", poison: bool = Tr
         if spec.holes:
             kept = torch.rand(case.batch, spec.length, generator=generator) < 0.6
             kept[0, :2] = False  # a causal row before the first kept key sees nothing
+            if spec.hole_tiles:
+                kept[:, :64] = False
+                kept[:, 64:128] = True
             source.key_mask = kept.to(device)
         if spec.mask is not None:
             kind, letters = spec.mask.split()

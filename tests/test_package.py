@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tarfile
@@ -14,10 +15,17 @@ import attnfuse
 
 ROOT = Path(__file__).parent.parent
 KERNELS = sorted(path.name for path in (ROOT / "triton_kernels").glob("*.py"))
+CSRC = sorted(
+    str(path.relative_to(ROOT / "csrc"))
+    for path in (ROOT / "csrc").rglob("*")
+    if path.suffix in (".h", ".cuh", ".cu", ".cpp")
+)
 
 
 def python(*args: str, cwd: Path) -> str:
-    done = subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True)
+    # Compiling the CUDA kernels takes minutes and has tests of its own.
+    environment = os.environ | {"ATTNFUSE_CUDA": "0"}
+    done = subprocess.run([sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -26,7 +34,7 @@ def python(*args: str, cwd: Path) -> str:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what goes into a package: setuptools leaves its build files beside what it builds."""
     copy = tmp_path_factory.mktemp("sources")
-    names = ("attnfuse", "triton_kernels", "bench", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+    names = ("attnfuse", "csrc", "triton_kernels", "bench", "setup.py", "pyproject.toml", "README.md", "LICENSE")
     held = [name for name in names if (ROOT / name).exists()]
     # cp -R keeps the links as links, which is what is being tested
     subprocess.run(["cp", "-RP", *(str(ROOT / name) for name in held), str(copy)], check=True)
@@ -54,10 +62,11 @@ def pip_wheel(source: Path, out: Path) -> None:
     )  # fmt: skip
 
 
-def test_the_links_name_real_directories() -> None:
-    link = ROOT / "attnfuse" / "triton_kernels"
+@pytest.mark.parametrize("name", ["csrc", "triton_kernels"])
+def test_the_links_name_real_directories(name: str) -> None:
+    link = ROOT / "attnfuse" / name
     assert link.is_symlink()
-    assert link.resolve() == ROOT / "triton_kernels"
+    assert link.resolve() == ROOT / name
 
 
 def test_wheel_holds_the_kernels_as_files_and_nothing_at_the_top(wheel: Path) -> None:
@@ -71,6 +80,15 @@ def test_wheel_holds_the_kernels_as_files_and_nothing_at_the_top(wheel: Path) ->
             assert held.read(f"attnfuse/triton_kernels/{name}") == (ROOT / "triton_kernels" / name).read_bytes()
         assert "attnfuse/py.typed" in names
         assert {"attnfuse/cli/main.py", "attnfuse/nn/__init__.py", "attnfuse/fusion/__init__.py"} <= set(names)
+
+
+def test_wheel_holds_what_the_extension_is_built_from(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")  # pure Python with ATTNFUSE_CUDA=0
+    with zipfile.ZipFile(wheel) as held:
+        packed = sorted(name.removeprefix("attnfuse/csrc/") for name in held.namelist() if "/csrc/" in name)
+        assert packed == CSRC
+        for name in CSRC:
+            assert held.read(f"attnfuse/csrc/{name}") == (ROOT / "csrc" / name).read_bytes()
 
 
 def test_wheel_built_from_the_sdist_holds_the_same(sdist: Path, wheel: Path, tmp_path: Path) -> None:

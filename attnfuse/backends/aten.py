@@ -354,6 +354,9 @@ def backward(
     silent = lse.masked_fill(dead, float("inf"))
     constants = _row_constants(problem, mass, grad_lse, grad_mass, dead)  # delta_s - dout . out, or None
     needs_delta = bias_needed or (problem.sinks is not None and needs[2])
+    if needs_delta and query.dtype != wide:
+        # Summed over whole rows, the rounding of a 16-bit `out` inside delta no longer averages out.
+        out, _, _ = forward(_widened(problem))
     dot = (grad_out.to(wide) * out.to(wide)).sum(-1) if needs_delta else None  # (B, Hq, Nq)
 
     grad_query: Tensor | None = None
@@ -393,6 +396,12 @@ def backward(
         p_sink = torch.exp(problem.sinks.to(wide)[:, None] - silent)
         grad_sinks = -(p_sink * delta).sum((0, 2))
     return Gradients(grad_query.to(query.dtype), None, grad_sinks, per_source)
+
+
+def _widened(problem: Problem) -> Problem:
+    """The same problem in float32."""
+    tensors = [x.float() if x is not None and x.is_floating_point() else x for x in problem.tensors()]
+    return Problem.rebuilt(tensors, problem.layout(), problem.scale, problem.softcap, problem.dropout_p, False)
 
 
 def _common_constant(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..problem import UNBOUNDED, BoundSource, Gradients, Problem, empty_output
+from .rows import empty_rows, exact_delta, on_device_of, sinks_gradient
 
 # Wider than any sequence, and far from where int32 sums of positions would wrap.
 _WIDEST = 2**29
@@ -66,7 +67,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     t = _tile(problem, "fwd")
     tiles = -(-rows // t.block_m)
     sinks = problem.sinks
-    with _device(query):
+    with on_device_of(query):
         attn_fwd[(tiles * batch * heads,)](
             _strided(query), _strided(out), lse, mass if problem.want_mass else None,
             None if sinks is None else sinks.contiguous(), tuple(_source(s) for s in problem.sources),
@@ -101,7 +102,7 @@ def backward(
     if need_query or exact:
         query, sums, far_sums = _dq(problem, lse, delta, grad_out, grad_mass, exact, need_slopes)
         if sums is not None:
-            delta, error = _exact_delta(lse, delta, grad_lse, sums)
+            delta, error = exact_delta(lse, delta, grad_lse, sums)
             sums = sums[..., 0] - error[..., None] * sums[..., 1]
             if far_sums is not None:
                 slopes = (error * far_sums[..., 1] - far_sums[..., 0]).sum(-1)
@@ -118,7 +119,7 @@ def backward(
     return Gradients(
         query if need_query else None,
         slopes,
-        _sinks_gradient(problem, lse, delta) if need_sinks else None,
+        sinks_gradient(problem, lse, delta) if need_sinks else None,
         sources,
     )
 
@@ -142,7 +143,7 @@ def _delta(
     dims = _dims(problem)
     block = 32 if _interpreted() else 64
     tiles = -(-rows // block)
-    with _device(lse):
+    with on_device_of(lse):
         attn_bwd_delta[(tiles * batch * heads,)](
             _strided(out), _strided(grad_out), lse, grad_lse, None if grad_mass is None else mass, grad_mass, delta,
             heads, rows, tiles, DV=dims["DV"], DV_PAD=dims["DV_PAD"], BLOCK_M=block, SOURCES=len(problem.sources),
@@ -164,14 +165,14 @@ def _dq(
 
     query = problem.query
     batch, heads, rows, _ = query.shape
-    grad_query = _empty_rows(query)
+    grad_query = empty_rows(query)
     sums = lse.new_empty((*lse.shape, len(problem.sources), 2)) if need_sums else None
     far_sums = lse.new_empty((*lse.shape, 2)) if need_far_sums else None
     if lse.numel() == 0:
         return grad_query, sums, far_sums
     t = _tile(problem, "dq")
     tiles = -(-rows // t.block_m)
-    with _device(query):
+    with on_device_of(query):
         attn_bwd_dq[(tiles * batch * heads,)](
             _strided(query), _strided(grad_out), lse, delta, grad_mass, _strided(grad_query), sums, far_sums,
             tuple(_source(s) for s in problem.sources), _shared(problem), problem.scale, tiles, **_dims(problem),
@@ -179,19 +180,6 @@ def _dq(
             num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
     return grad_query, sums, far_sums
-
-
-def _exact_delta(lse: Tensor, delta: Tensor, grad_lse: Tensor | None, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """delta as the row sums imply it, free of the rounding of `out`, and how far the given one was off.
-
-    dz sums to grad_lse over all of a row's columns (the sink's, -p delta, included), so
-    delta = sum dz + delta sum p - grad_lse.
-    """
-    better = sums[..., 0].sum(-1) + delta * sums[..., 1].sum(-1)
-    if grad_lse is not None:
-        better = better - grad_lse
-    better = torch.where(lse == float("-inf"), 0.0, better)
-    return better, better - delta
 
 
 def _dkdv(
@@ -208,7 +196,7 @@ def _dkdv(
 
     source, query = problem.sources[s], problem.query
     key, value, mask = source.key, source.value, source.attn_mask
-    grad_key, grad_value = _empty_rows(key), _empty_rows(value)
+    grad_key, grad_value = empty_rows(key), empty_rows(value)
     grad_pairs, sum_i, sum_j, atomic = None, False, False, False
     if need_pairs:
         assert mask is not None
@@ -223,7 +211,7 @@ def _dkdv(
     if batch * key_heads * columns > 0:
         t = _tile(problem, "dkdv")
         tiles = -(-columns // t.block_n)
-        with _device(query):
+        with on_device_of(query):
             attn_bwd_dkdv[(tiles * batch * key_heads,)](
                 _strided(query), _strided(grad_out), lse, delta, grad_mass, _strided(grad_key), _strided(grad_value),
                 None if grad_pairs is None else _pairs(grad_pairs), _source(source), _shared(problem), problem.scale,
@@ -234,13 +222,6 @@ def _dkdv(
     if grad_pairs is None or mask is None:
         return grad_key, grad_value, None
     return grad_key, grad_value, grad_pairs.sum_to_size(mask.shape).to(mask.dtype)
-
-
-def _sinks_gradient(problem: Problem, lse: Tensor, delta: Tensor) -> Tensor:
-    """(Hq,): a sink is a column of mass e^(sink - lse) without a value, a mass gradient or a source."""
-    assert problem.sinks is not None
-    share = torch.where(lse == float("-inf"), 0.0, torch.exp(problem.sinks[:, None] - lse))
-    return -(share * delta).sum((0, 2))
 
 
 def _interpreted() -> bool:
@@ -277,18 +258,6 @@ def _precision(query: Tensor) -> str:
     if query.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"
-
-
-def _device(x: Tensor) -> torch.cuda.device:
-    """The device a kernel is launched on; -1 leaves it as it is."""
-    return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
-
-
-def _empty_rows(x: Tensor) -> Tensor:
-    """An uninitialised tensor of x's shape and order of dimensions in memory, the last one contiguous."""
-    strides = x.stride()
-    order = sorted(range(3), key=lambda d: -strides[d]) + [3]
-    return torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
 
 
 def _strided(x: Tensor) -> Any:

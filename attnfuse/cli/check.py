@@ -1,7 +1,8 @@
 """`attnfuse check`: every conformance case on every backend this machine can run, against its error budget.
 
 The cases, the budget and the judgement are those of `attnfuse.testing`, which the test suite uses too. A GPU is used
-where there is one; elsewhere the Triton kernels run in Triton's interpreter, on CPU tensors.
+where there is one; elsewhere the Triton kernels run in Triton's interpreter, on CPU tensors. ATTNFUSE_EMULATE=1 has the
+CUDA kernels emulated, on CPU tensors too.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     begun = time.perf_counter()
     unavailable = {name: reason for name in backends if (reason := dispatch.BACKENDS[name].available())}
     running = [name for name in backends if name not in unavailable]
+    # aten is torch's CPU kernel; the others run where the GPU is.
+    on_cpu = ("aten", "cuda") if os.environ.get("ATTNFUSE_EMULATE") == "1" else ("aten",)
     lines: list[Line] = []
     reasons: Counter[tuple[str, str]] = Counter()
     with ExitStack() as stack:
@@ -82,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
         warnings.simplefilter("ignore", RuntimeWarning)
         advance = _progress(stack, len(running) * len(dtypes) * sum(map(len, chosen.values())), args.json)
         for backend in running:
-            # aten is torch's CPU kernel; the others run where the GPU is.
-            device = "cuda" if on_gpu and backend != "aten" else "cpu"
+            device = "cuda" if on_gpu and backend not in on_cpu else "cpu"
             for family, cases in chosen.items():
                 line = Line(backend, family)
                 lines.append(line)

@@ -41,6 +41,7 @@ def gather() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": installed("triton") or "not installed",
         "cuda": torch.version.cuda or "not in this build of torch",
+        "cuda_extension": _extension(),
         "os": platform.platform(),
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -53,13 +54,14 @@ def gather() -> dict[str, Any]:
 
 
 def device() -> str:
-    """The GPU that backends run on, or the CPU, with how Triton kernels run on it."""
+    """The GPU that backends run on, or the CPU, with how Triton and CUDA kernels run on it."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1" and installed("triton") is not None
-    return _cpu_name() + (", Triton interpreted" if interpreted else "")
+    emulated = ", CUDA emulated" if os.environ.get("ATTNFUSE_EMULATE") == "1" else ""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name() + emulated
+    return _cpu_name() + (", Triton interpreted" if interpreted else "") + emulated
 
 
 def installed(package: str) -> str | None:
@@ -68,6 +70,13 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _extension() -> str:
+    """The cards attnfuse._cuda has machine code (sm) or PTX (compute) for, or why it is not there."""
+    from attnfuse.backends import cuda
+
+    return cuda.missing_extension() or f"built for {', '.join(cuda.extension().ARCHITECTURES.split())}"
 
 
 def _gpu(index: int) -> dict[str, Any]:

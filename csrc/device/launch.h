@@ -1,0 +1,43 @@
+// The host's side of a kernel: launching it, and what the current device can hold.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace attnfuse {
+
+inline void require(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) {
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+    }
+}
+
+// Bytes of shared memory a block may ask for on the current device.
+inline int shared_memory_limit() {
+    int device = 0, bytes = 0;
+    require(cudaGetDevice(&device), "no CUDA device to launch on");
+    require(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    return bytes;
+}
+
+// kernel<<<blocks, threads, shared_bytes, stream>>>(params)
+template <typename Params>
+void launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, void* stream, const Params& params) {
+    if (blocks == 0) {
+        return;
+    }
+    if (blocks > INT32_MAX) {
+        throw std::runtime_error("the problem needs " + std::to_string(blocks) + " blocks, a launch takes " + std::to_string(INT32_MAX));
+    }
+    if (shared_bytes > 48 * 1024) {
+        require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+                "a kernel's shared memory was refused");
+    }
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+    require(cudaGetLastError(), "a kernel could not be launched");
+}
+
+}  // namespace attnfuse

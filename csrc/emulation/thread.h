@@ -1,0 +1,32 @@
+// Where a thread stands, and how it meets others: csrc/device/thread.h on the emulated machine.
+#pragma once
+
+#include "machine.h"
+
+namespace attnfuse {
+namespace emulation {
+
+void warp_sync(Where where);
+float shuffle_xor(float x, int lane_mask, Where where);
+uint32_t ballot(bool vote, Where where);
+
+}  // namespace emulation
+
+inline int thread_index() { return emulation::current->index; }
+inline int warp_index() { return emulation::current->index / 32; }
+inline int lane_index() { return emulation::current->lane; }
+inline int block_index() { return emulation::current->block->index; }
+
+inline void barrier(emulation::Where where = emulation::Where::current()) { emulation::barrier(where); }
+inline void warp_sync(emulation::Where where = emulation::Where::current()) { emulation::warp_sync(where); }
+inline float shuffle_xor(float x, int lane_mask, emulation::Where where = emulation::Where::current()) {
+    return emulation::shuffle_xor(x, lane_mask, where);
+}
+inline uint32_t ballot(bool vote, emulation::Where where = emulation::Where::current()) {
+    return emulation::ballot(vote, where);
+}
+
+// Only a matter of registers on a GPU.
+inline int recomputed(int x) { return x; }
+
+}  // namespace attnfuse

@@ -1,0 +1,5 @@
+#include "../sm80/attn_bwd_dkdv.cuh"
+
+template void attnfuse::sm80::attn_bwd_dkdv<attnfuse::bf16, 64>(const attnfuse::BackwardParams&, void*);
+template void attnfuse::sm80::attn_bwd_dkdv<attnfuse::fp16, 64>(const attnfuse::BackwardParams&, void*);
+template std::vector<attnfuse::TileShape> attnfuse::sm80::attn_bwd_dkdv_tiles<64>();

@@ -1,0 +1,220 @@
+// Tiles of 16-bit numbers in shared memory and in the fragments of mma.m16n8k16.
+//
+// In shared memory a row of D numbers is D / 8 chunks of 16 bytes, chunk c of row r standing at c ^ flip(r), so that the
+// eight rows that one ldmatrix reads lie in eight different groups of banks.
+//
+// A fragment of 16 rows and 8 N columns is float x[N][4]: with g = lane / 4 and t = lane % 4,
+//
+//     x[n][0..1]   row g,     columns 8 n + 2 t, + 1
+//     x[n][2..3]   row g + 8, the same columns
+#pragma once
+
+#include "../core/masks.cuh"
+#include "cp_async.h"
+#include "global.h"
+#include "ldmatrix.h"
+#include "mma.h"
+#include "shared.h"
+#include "thread.h"
+
+namespace attnfuse::sm80 {
+
+template <int D>
+__device__ __forceinline__ int flip(int row) {
+    constexpr int kChunks = D / 8;
+    if constexpr (kChunks % 8 == 0) {
+        return row % 8;
+    } else {
+        // Rows of 32, 64 or 192 bytes: several share the 128 bytes that the banks span, and flip together.
+        constexpr int kGroup = kChunks < 8 ? kChunks : 4;
+        return row / (8 / kGroup) % kGroup;
+    }
+}
+
+template <int D>
+__device__ __forceinline__ SharedAddress chunk_address(SharedAddress tile, int row, int chunk) {
+    return tile + row * (D * 2) + ((chunk ^ flip<D>(row)) * 16);
+}
+
+template <typename T>
+__device__ __forceinline__ T* head_base(const Rows& x, int b, int h) {
+    return static_cast<T*>(x.data) + stride_by(b, x.batch) + stride_by(h, x.head);
+}
+
+// Rows first .. first + ROWS of x (., dim) into a tile (ROWS, D): zeros right of dim and in rows not valid(row), which
+// are not read. Lands with the group it is committed to.
+template <int ROWS, int D, int THREADS, typename T, typename Valid>
+__device__ __forceinline__ void load_tile(SharedAddress tile, const Rows& x, int b, int h, int first, int dim, Valid valid) {
+    constexpr int kChunks = D / 8;
+    const T* base = head_base<const T>(x, b, h);
+    const int thread = recomputed(thread_index());
+#pragma unroll
+    for (int begin = 0; begin < ROWS * kChunks; begin += THREADS) {
+        const int row = (begin + thread) / kChunks, d = (begin + thread) % kChunks * 8;
+        if (ROWS * kChunks % THREADS != 0 && row >= ROWS) {
+            break;
+        }
+        const bool reads = d < dim && valid(row);
+        const T* from = reads ? base + stride_by(first + row, x.row) + d : base;
+        const SharedAddress to = chunk_address<D>(tile, row, d / 8);
+        if (x.aligned) {
+            cp_async_16(to, from, reads);
+        } else {
+            // Rows that begin anywhere are padded here, in shared memory, one number at a time.
+#pragma unroll 1
+            for (int e = 0; e < 8; ++e) {
+                store_shared_16(to + 2 * e, reads && d + e < dim ? load_global(from + e).bits : uint16_t{0});
+            }
+        }
+    }
+}
+
+// acc (16 M, 8 N) += A B^T of two tiles whose rows are K_DIM long: A's rows from a_row on, B's from b_row on.
+template <typename T, int M, int N, int K_DIM>
+__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], SharedAddress a, int a_row, SharedAddress b, int b_row) {
+    const int lane = recomputed(lane_index());
+    const int a_lane = a_row + lane % 16, a_chunk = lane / 16;
+    const int b_lane = b_row + lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
+#pragma unroll
+    for (int k = 0; k < K_DIM / 8; k += 2) {
+        uint32_t left[M][4];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            ldmatrix_x4(left[m], a + (a_lane + 16 * m) * (K_DIM * 2) + ((k ^ (a_chunk ^ flip<K_DIM>(a_lane))) * 16));
+        }
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            uint32_t right[4];
+            ldmatrix_x4(right, b + (b_lane + 8 * n) * (K_DIM * 2) + ((k ^ (b_chunk ^ flip<K_DIM>(b_lane))) * 16));
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma_m16n8k16<T>(acc[m][n], left[m], right[0], right[1]);
+                mma_m16n8k16<T>(acc[m][n + 1], left[m], right[2], right[3]);
+            }
+        }
+    }
+}
+
+// acc (16 M, 8 N) += A B: A (16 M, 16 K) in fragments of packed pairs, B the first 16 K rows of a tile (., D), its
+// columns from 8 b_chunk on.
+template <typename T, int M, int N, int K, int D>
+__device__ __forceinline__ void multiply_columns(
+    float (&acc)[M][N][4], const uint32_t (&a)[M][K][4], SharedAddress b, int b_chunk = 0) {
+    const int lane = recomputed(lane_index());
+    const int lane_row = lane % 16, lane_chunk = lane / 16;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            uint32_t right[4];
+            ldmatrix_x4_trans(right, chunk_address<D>(b + 16 * k * (D * 2), lane_row, b_chunk + n + lane_chunk));
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                mma_m16n8k16<T>(acc[m][n], a[m][k], right[0], right[1]);
+                mma_m16n8k16<T>(acc[m][n + 1], a[m][k], right[2], right[3]);
+            }
+        }
+    }
+}
+
+// acc (16, 8 N) += A^T B: A a tile of K rows and A_D columns, of which a_column .. + 16 are taken; B the first K rows
+// of a tile (., D), its columns from 8 b_chunk on.
+template <typename T, int N, int K, int A_D, int D>
+__device__ __forceinline__ void multiply_transposed(
+    float (&acc)[1][N][4], SharedAddress a, int a_column, SharedAddress b, int b_chunk) {
+    const int lane = lane_index();
+    const int lane_row = lane % 8 + lane / 16 * 8, lane_chunk = a_column / 8 + lane / 8 % 2;
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k) {
+        uint32_t left[1][1][4];
+        ldmatrix_x4_trans(left[0][0], chunk_address<A_D>(a + 16 * k * (A_D * 2), lane_row, lane_chunk));
+        multiply_columns<T, 1, N, 1, D>(acc, left, b + 16 * k * (D * 2), b_chunk);
+    }
+}
+
+// A fragment (16, 8 N) rounded to T as the left operand of the next product: column pairs become K pairs.
+template <typename T, int N>
+__device__ __forceinline__ void pack_fragment(uint32_t (&packed)[N / 2][4], const float (&x)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+        packed[n / 2][0] = pack<T>(x[n][0], x[n][1]);
+        packed[n / 2][1] = pack<T>(x[n][2], x[n][3]);
+        packed[n / 2][2] = pack<T>(x[n + 1][0], x[n + 1][1]);
+        packed[n / 2][3] = pack<T>(x[n + 1][2], x[n + 1][3]);
+    }
+}
+
+template <int M, int N>
+__device__ __forceinline__ void clear(float (&x)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                x[m][n][c] = 0.0f;
+            }
+        }
+    }
+}
+
+// -inf where the bit of the fragment's column is not set in the word of its row: g's `upper`, g + 8's `lower`.
+template <int N>
+__device__ __forceinline__ void mask_fragment(float (&x)[N][4], Word upper, Word lower) {
+    upper >>= lane_index() % 4 * 2;
+    lower >>= lane_index() % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        x[n][0] = upper >> (8 * n) & 1 ? x[n][0] : -infinity();
+        x[n][1] = upper >> (8 * n + 1) & 1 ? x[n][1] : -infinity();
+        x[n][2] = lower >> (8 * n) & 1 ? x[n][2] : -infinity();
+        x[n][3] = lower >> (8 * n + 1) & 1 ? x[n][3] : -infinity();
+    }
+}
+
+// The sum, or the maximum, over the four lanes that share a fragment's row.
+__device__ __forceinline__ float row_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+__device__ __forceinline__ float row_maximum(float x) {
+    x = maximum(x, shuffle_xor(x, 1));
+    return maximum(x, shuffle_xor(x, 2));
+}
+
+// A warp's fragments (16 M, D) to rows of `out` (limit, dim), by way of its own rows of a tile (., D) from tile_row on,
+// which nobody reads any more: a barrier has been passed since. first is the row of `out` that the tile begins with.
+template <typename T, int M, int D>
+__device__ __forceinline__ void store_fragments(
+    const float (&x)[M][D / 8][4], SharedAddress tile, int tile_row, const Rows& out, int b, int h, int first, int limit, int dim) {
+    constexpr int kChunks = D / 8;
+    const int lane = lane_index();
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        const int row = tile_row + 16 * m + lane / 4;
+#pragma unroll
+        for (int n = 0; n < D / 8; ++n) {
+            store_shared_32(chunk_address<D>(tile, row, n) + lane % 4 * 4, pack<T>(x[m][n][0], x[m][n][1]));
+            store_shared_32(chunk_address<D>(tile, row + 8, n) + lane % 4 * 4, pack<T>(x[m][n][2], x[m][n][3]));
+        }
+    }
+    warp_sync();
+    T* base = head_base<T>(out, b, h);
+    if (out.aligned) {
+        for (int at = lane; at < 16 * M * kChunks; at += 32) {
+            const int row = tile_row + at / kChunks, chunk = at % kChunks;
+            if (first + row < limit && chunk * 8 < dim) {
+                store_global_128(base + stride_by(first + row, out.row) + chunk * 8, load_shared_128(chunk_address<D>(tile, row, chunk)));
+            }
+        }
+    } else {
+        for (int at = lane; at < 16 * M * D; at += 32) {
+            const int row = tile_row + at / D, d = at % D;
+            if (first + row < limit && d < dim) {
+                store_global(base + stride_by(first + row, out.row) + d, T{load_shared_16(chunk_address<D>(tile, row, d / 8) + d % 8 * 2)});
+            }
+        }
+    }
+}
+
+}  // namespace attnfuse::sm80
