@@ -179,17 +179,17 @@ def document(found: Sequence[Kernel]) -> str:
         f"Compiled by nvcc {compiler}, read by `python -m attnfuse.machine --write`. Nothing here was timed: these are "
         "properties of the code.",
         "",
-        "`loop` is the main loop's instructions with every branch of it, the softcap, masks and unaligned copies that a "
-        "plain call jumps over included; HMMA, LDSM and MUFU (exponentials, tanh) are counted in it. Every product is "
-        f"the wide {WIDE_PRODUCT}.",
+        "`loop` is the main loop's instructions with every branch of it: the softcap, masks and unaligned copies that "
+        "a plain call jumps over are included. HMMA, LDSM and MUFU (exponentials, tanh) are counted in it. Every product "
+        f"is the wide {WIDE_PRODUCT}.",
         "",
         *_markdown(COLUMNS, [row(kernel) for kernel in found]),
         "",
         "## Tiles",
         "",
-        "A block's rows and columns, threads and shared memory. Where a pass has two, the first is for cards whose blocks "
-        "may have 163 KB and the second for those with 99 KB (head dim 128), or they are two launches, dV and then dK "
-        "with dQ (head dim 256).",
+        "A block's rows and columns, threads and shared memory. Where a pass has two, the first is for cards whose "
+        "blocks may have 163 KB and the second for those with 99 KB (head dim 128), or they are two launches, dV and "
+        "then dK with dQ (head dim 256).",
         "",
         *_markdown(("pass", "head dim", "tile", "threads", "shared memory"), shared_rows()),
     ]

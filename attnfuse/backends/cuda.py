@@ -63,9 +63,15 @@ def rejects(problem: Problem) -> str | None:
 
 
 def describe(problem: Problem) -> str:
-    """What the kernels compute in, for `explain`."""
-    dim = _module(problem).padded_dim(problem.query.shape[3], problem.value_dim)
-    return f"mma.sync, head dim {dim}" + (", emulated" if problem.query.device.type == "cpu" else "")
+    """The tiles a call would use, for `explain`: rows x columns of each kernel."""
+    module = _module(problem)
+    dim = module.padded_dim(problem.query.shape[3], problem.value_dim)
+    tiles = [
+        f"{name} {rows}x{columns}, {threads // 32} warps, {shared / 1024:.0f} KB"
+        for name, rows, columns, threads, shared in module.tile_shapes(dim)
+    ]
+    emulated = ", emulated" if problem.query.device.type == "cpu" else ""
+    return f"mma.sync at head dim {dim}{emulated}; tiles " + "; ".join(tiles)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
