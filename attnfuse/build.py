@@ -167,6 +167,7 @@ def build_emulation(
     build_dir: Path,
     sanitize: str | None = None,
     coverage: bool = False,
+    debug: bool = False,
     only: Sequence[str] | None = None,
     sources_dir: Path = CSRC,
     quiet: bool = False,
@@ -175,6 +176,7 @@ def build_emulation(
 
     sanitize: what -fsanitize= takes, such as "address,undefined"; see `sanitizer_preload`.
     coverage: count which lines are run (gcov).
+    debug: for gdb, with every variable where the source has it.
     only: patterns of names in csrc/instances; the others are left out, and calling one ends the process.
     Raises BuildError.
     """
@@ -189,7 +191,9 @@ def build_emulation(
     if sanitize is not None:
         extra += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
     if coverage:
-        extra += ["--coverage", "-g"]
+        extra += ["--coverage", "-g", "-O0"]
+    if debug:
+        extra += ["-g", "-O0"]
     host += ["-O1" if extra else "-O2", *extra]
     ninja = _NinjaFile(build_dir)
     objects = _host_objects(ninja, sources_dir, host, "_emulated", "")

@@ -31,11 +31,24 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([
 class Loop(NamedTuple):
     """The instructions between the target of a backward branch and the branch."""
 
-    instructions: int
+    begin: int
+    end: int
     names: Counter[str]  # with their modifiers
+
+    @property
+    def instructions(self) -> int:
+        return sum(self.names.values())
+
+    @property
+    def local(self) -> int:
+        """Loads and stores of local memory."""
+        return self.count("LDL") + self.count("STL")
 
     def count(self, prefix: str) -> int:
         return sum(n for name, n in self.names.items() if name.startswith(prefix))
+
+    def encloses(self, other: Loop) -> bool:
+        return self != other and self.begin <= other.begin and other.end <= self.end
 
 
 class Kernel(NamedTuple):
@@ -54,8 +67,8 @@ class Kernel(NamedTuple):
 
     @property
     def loop_local(self) -> int:
-        """Local-memory instructions inside loops."""
-        return max((x.count("LDL") + x.count("STL") for x in self.loops), default=0)
+        """Local-memory instructions in the loop that has most of them."""
+        return max((x.local for x in self.loops), default=0)
 
 
 def cuobjdump() -> str:
@@ -89,7 +102,7 @@ def loops(sass: str) -> list[Loop]:
             if target and int(target[-1], 16) < at:
                 begin = int(target[-1], 16)
                 names = Counter(inner for where, inner, _ in code if begin <= where <= at)
-                found.append(Loop(sum(names.values()), names))
+                found.append(Loop(begin, at, names))
     return found
 
 
@@ -180,8 +193,8 @@ def document(found: Sequence[Kernel]) -> str:
         "properties of the code.",
         "",
         "`loop` is the main loop's instructions with every branch of it: the softcap, masks and unaligned copies that "
-        "a plain call jumps over are included. HMMA, LDSM and MUFU (exponentials, tanh) are counted in it. Every product "
-        f"is the wide {WIDE_PRODUCT}.",
+        "a plain call jumps over are included. HMMA, LDSM and MUFU (exponentials, tanh) are counted in it. Every "
+        f"product is the wide {WIDE_PRODUCT}.",
         "",
         *_markdown(COLUMNS, [row(kernel) for kernel in found]),
         "",

@@ -64,6 +64,7 @@ void with_dim(int dim_padded, Call call) {
 template <typename Params>
 Params completed(Params params) {
     Shape& shape = params.shape;
+    shape.group = shape.heads / shape.key_heads;
     shape.dim_padded = padded_dim(shape.dim, shape.value_dim);
     shape.logits = logit_units(shape.scale, shape.softcap);
     return params;

@@ -57,7 +57,7 @@ def test_forward_keeps_its_loops_in_registers(readings: list[tuple[str, bool, in
 
 
 def test_loops_are_found_in_a_listing() -> None:
-    from attnfuse.triton_kernels.machine import loops
+    from attnfuse.machine import loops
 
     listing = """
         /*0000*/ STL [R1], R2 ;
@@ -67,4 +67,5 @@ def test_loops_are_found_in_a_listing() -> None:
         /*0040*/ EXIT ;
         /*0050*/ BRA 0x50;
     """
-    assert loops(listing) == (1, 2)
+    (loop,) = loops(listing)
+    assert (loop.local, loop.instructions) == (1, 2)

@@ -3,8 +3,7 @@
     python -m attnfuse.triton_kernels.machine --arch 80 90 100 120
 
 A stand-in driver gives Triton a target; `JITFunction.warmup` compiles from stand-in tensors. Read off per kernel:
-registers, shared memory, local (spill) bytes, and how many local-memory loads and stores lie inside a loop: between the
-target of a backward branch and the branch.
+registers, shared memory, local (spill) bytes, and how many local-memory loads and stores lie inside a loop.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..machine import cuobjdump, loops
 from .tuning import SHARED_LIMIT, padded, tile
 
 ARCHS = (80, 90, 100, 120)
@@ -156,7 +156,10 @@ def read(config: Config) -> Reading:
         kernel, arguments, constants = _arguments(config)
         compiled = kernel.warmup(*arguments, grid=(1,), **constants)
         registers, local = _resources(compiled.asm["cubin"])
-        loop_local, loop = loops(_disassembled(compiled.asm["cubin"]))
+        found = loops(_disassembled(compiled.asm["cubin"]))
+        inner = [x for x in found if not any(x.encloses(y) for y in found)]
+        loop_local = max((x.local for x in found), default=0)
+        loop = max((x.instructions for x in inner), default=0)
     except Exception as failure:  # a table of every failure says more than the first one raised
         told = ""
         cause: BaseException | None = failure
@@ -165,12 +168,6 @@ def read(config: Config) -> Reading:
             cause = cause.__cause__
         return Reading(config, shape, 0, 0, 0, 0, 0, told.strip())
     return Reading(config, shape, registers, compiled.metadata.shared, local, loop_local, loop)
-
-
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
 def _run_on(cubin: bytes, *command: str) -> str:
@@ -182,34 +179,13 @@ def _run_on(cubin: bytes, *command: str) -> str:
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """(registers, local bytes) of a thread."""
-    text = _run_on(cubin, _tool("cuobjdump"), "-res-usage")
+    text = _run_on(cubin, cuobjdump(), "-res-usage")
     found = [re.findall(rf"{what}:(\d+)", text) for what in ("REG", "STACK", "LOCAL")]
     return max(map(int, found[0])), max(map(int, found[1] + found[2]))
 
 
 def _disassembled(cubin: bytes) -> str:
-    return _run_on(cubin, _tool("cuobjdump"), "-sass")
-
-
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)([^;]*);")
-
-
-def loops(sass: str) -> tuple[int, int]:
-    """(local-memory instructions inside loops, length of the longest innermost loop) of a disassembly."""
-    code = [(int(at, 16), name, rest) for at, name, rest in _INSTRUCTION.findall(sass)]
-    spans = []
-    for at, name, rest in code:
-        if name.startswith("BRA"):
-            target = re.findall(r"0x([0-9a-f]+)", rest)
-            # A branch to itself is the padding behind the last instruction.
-            if target and int(target[-1], 16) < at:
-                spans.append((int(target[-1], 16), at))
-    local = sum(
-        name.split(".")[0] in ("LDL", "STL") and any(lo <= at <= hi for lo, hi in spans) for at, name, _ in code
-    )
-    inner = [s for s in spans if not any(t != s and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    longest = max((sum(lo <= at <= hi for at, _, _ in code) for lo, hi in inner), default=0)
-    return local, longest
+    return _run_on(cubin, cuobjdump(), "-sass")
 
 
 def read_all(wanted: Sequence[Config], workers: int | None = None) -> list[Reading]:

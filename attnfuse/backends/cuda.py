@@ -33,7 +33,12 @@ def available() -> str | None:
     """Why the backend cannot run on this machine at all; None if it can."""
     if not _emulating():
         return _no_gpu() or _no_extension()
-    missing = None if os.environ.get("ATTNFUSE_EMULATE_MODULE") else build.why_no_emulation()
+    ready, seed = os.environ.get("ATTNFUSE_EMULATE_MODULE"), os.environ.get("ATTNFUSE_EMULATE_SEED", "0")
+    if not seed.isdecimal():
+        return f"ATTNFUSE_EMULATE_SEED must be a number of at least 0, got {seed!r}"
+    if ready:
+        return None if Path(ready).is_file() else f"ATTNFUSE_EMULATE_MODULE must name a file, got {ready!r}"
+    missing = build.why_no_emulation()
     return None if missing is None else f"the CUDA kernels cannot be emulated: {missing}"
 
 

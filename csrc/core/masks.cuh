@@ -60,21 +60,6 @@ __device__ __forceinline__ Word kept_keys(const SourceParams& source, int b, int
     return kept;
 }
 
-// Positions [lo, hi) are seen by some of the other side's tile, [full_lo, full_hi) by all of it.
-struct Span {
-    int lo, hi, full_lo, full_hi;
-};
-
-// Of the rows, for columns first .. last of a source.
-__device__ __forceinline__ Span rows_seeing(const SourceParams& source, int rows, int offset, int first, int last) {
-    Span span;
-    span.lo = most(first - offset - source.right, 0);
-    span.hi = least(last - offset + source.left + 1, rows);
-    span.full_lo = most(last - offset - source.right, 0);
-    span.full_hi = least(first - offset + source.left + 1, rows);
-    return span;
-}
-
 // The tiles of columns that rows first .. last visit, source after source, in the order they are computed.
 template <int COLUMNS>
 struct ColumnTiles {
@@ -131,32 +116,36 @@ struct ColumnTiles {
 // The tiles of rows that see columns first .. last of one source, over every query head of the key head.
 template <int ROWS>
 struct RowTiles {
-    int head = -1;     // which query head of the group; group when there is no more
-    int start = 0;     // the tile's first row
-    Word live = 0;     // bit r: row start + r sees a key somewhere
-    bool full = false; // every row of the tile sees every column
+    int head = -1;  // which query head of the group; group when there is no more
+    int start = 0;  // the tile's first row
+    Word live = 0;  // bit r: row start + r sees a key somewhere
 
-    __device__ __forceinline__ bool valid(int group) const { return head < group; }
+    __device__ __forceinline__ bool valid(const BackwardParams& p) const { return head < p.shape.group; }
 
-    // On to the next tile with a row that lives. `words` are those of the key head's first query head.
-    __device__ __forceinline__ void advance(const Span& span, int group, const Word* words, int words_a_head) {
+    // On to the next tile of rows lo .. hi - 1 with one that lives. first_head is the group's first, of the B Hq.
+    __device__ __forceinline__ void advance(const BackwardParams& p, int first_head, int lo, int hi) {
         start += ROWS;
         while (true) {
-            while (head < 0 || start >= span.hi) {
+            while (head < 0 || start >= hi) {
                 ++head;
-                if (head >= group || span.lo >= span.hi) {
-                    head = group;
+                if (head >= p.shape.group || lo >= hi) {
+                    head = p.shape.group;
                     return;
                 }
-                start = span.lo / ROWS * ROWS;
+                start = lo / ROWS * ROWS;
             }
-            live = load_global(words + head * words_a_head + start / 64) >> (start % 64) & below(ROWS);
-            full = start >= span.full_lo && start + ROWS <= span.full_hi;
+            const Word* words = p.live + stride_by(first_head + head, p.rows_padded / 64);
+            live = load_global(words + start / 64) >> (start % 64) & below(ROWS);
             if (live != 0) {
                 return;
             }
             start += ROWS;
         }
+    }
+
+    // Whether every row of the tile is there and sees every column from first to last.
+    __device__ __forceinline__ bool full(const SourceParams& s, int offset, int first, int last, int rows) const {
+        return start >= last - offset - s.right && start + ROWS <= least(first - offset + s.left + 1, rows);
     }
 
     // Of the tile's rows, those that see column j.

@@ -207,7 +207,7 @@ void GlobalWrites::fail_after(const Entry& entry, const Thread& thread, const ch
     fail(who(thread) + " at " + place(where) + " " + verb + " a global address that block " +
          std::to_string(entry.block) + ", thread " + std::to_string(entry.writer.thread) +
          (entry.stored ? " stored to at " : " added to at ") + place(lines[entry.writer.line]) +
-         ", and nothing in the launch orders the two");
+         (entry.many_blocks ? " after other blocks" : "") + ", and nothing in the launch orders the two");
 }
 
 void GlobalWrites::load(const Thread& thread, const void* from, std::size_t bytes, Where where) {

@@ -26,7 +26,8 @@ enum class Wanted { kBoth, kKey, kValue };
 template <int D, bool kSmall>
 struct KeyTile {
     static constexpr int kWarps = D == 64 || (D == 128 && !kSmall) ? 8 : 4;
-    static constexpr int kRows = D <= 96 || (D == 128 && !kSmall) ? 64 : D == 128 ? 32 : 16;
+    // 64 rows at 128 would leave the loop a few registers short.
+    static constexpr int kRows = D <= 96 ? 64 : D == 128 ? 32 : 16;
     static constexpr int kColumns = 16 * kWarps;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kKeyBytes = kColumns * D * 2;
@@ -78,6 +79,17 @@ __device__ __forceinline__ void weigh(
     }
 }
 
+// A packed fragment (16, COLUMNS) to rows own and own + 8 of a tile (., COLUMNS).
+template <int COLUMNS>
+__device__ __forceinline__ void store_packed(SharedAddress tile, int own, const uint32_t (&ds)[COLUMNS / 16][4]) {
+    const SharedAddress row = chunk_address<COLUMNS>(tile, own, 0) + lane_index() % 4 * 4;
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; ++n) {
+        store_shared_32(to_the_right<COLUMNS>(row, n), ds[n / 2][n % 2 * 2]);
+        store_shared_32(to_the_right<COLUMNS>(row, n) + 8 * (COLUMNS * 2), ds[n / 2][n % 2 * 2 + 1]);
+    }
+}
+
 template <typename T, int D, bool kSmall, Wanted WANTED>
 __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
     attn_bwd_dkdv_kernel(const __grid_constant__ BackwardParams p) {
@@ -92,7 +104,7 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
         ++s;
     }
     const SourceParams& source = p.sources[s];
-    const int group = p.shape.heads / p.shape.key_heads, first_head = b * p.shape.heads + key_head * group;
+    const int first_head = b * p.shape.heads + key_head * p.shape.group;
     const int first = tile_of_source * Tile::kColumns;
     const int warp_row = warp_index() * 16, own = warp_row + lane_index() / 4;  // this lane's keys: own and own + 8
     const SharedAddress keys = shared_base();                                   // (kColumns, D), later grad_key
@@ -112,14 +124,14 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
         all_seen = all_seen && seen[part] == ~Word{0};
     }
     const auto is_seen = [&](int j) { return (j < 64 ? seen[0] : seen[1]) >> (j % 64) & 1; };
-    Span span = {0, 0, 0, 0};
-    if ((seen[0] | seen[1]) != 0) {
-        span = rows_seeing(source, p.shape.rows, offset, first, least(first + Tile::kColumns, end) - 1);
-    }
-    const Word* words = p.live + int64_t{first_head} * (p.rows_padded / 64);
+    const bool upper_seen = is_seen(own), lower_seen = is_seen(own + 8);
+    const int row_begin = most(first - offset - source.right, 0);
+    const int row_end = (seen[0] | seen[1]) == 0
+                            ? 0
+                            : least(least(first + Tile::kColumns, end) - offset + source.left, p.shape.rows);
 
     const auto load_rows = [&](const RowTiles<Tile::kRows>& tile, SharedAddress stage) {
-        const int h = key_head * group + tile.head;
+        const int h = key_head * p.shape.group + tile.head;
         const auto lives = [&](int r) { return tile.live >> r & 1; };
         load_tile<Tile::kRows, D, Tile::kThreads, bf16>(stage, p.query, b, h, tile.start, p.shape.dim, lives);
         load_tile<Tile::kRows, D, Tile::kThreads, bf16>(
@@ -136,8 +148,8 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
     };
 
     RowTiles<Tile::kRows> tile;
-    tile.advance(span, group, words, p.rows_padded / 64);
-    if (tile.valid(group)) {
+    tile.advance(p, first_head, row_begin, row_end);
+    if (tile.valid(p)) {
         load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(keys, source.key, b, key_head, first, p.shape.dim, is_seen);
         if constexpr (kKey) {
             load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(values, source.value, b, key_head, first, p.shape.value_dim, is_seen);
@@ -148,29 +160,29 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
     float dk[1][kDN][4], dv[1][kDN][4];
     clear(dk);
     clear(dv);
-    for (int stage_index = 0; tile.valid(group); stage_index ^= 1) {
+    for (int stage_index = 0; tile.valid(p); stage_index ^= 1) {
         const SharedAddress stage = stages + stage_index * Tile::kStageBytes, grad_out = stage + Tile::kRowBytes;
         cp_async_wait<0>();
         barrier();  // the tile is there; nobody reads the other stage or ds any more
         RowTiles<Tile::kRows> next = tile;
-        next.advance(span, group, words, p.rows_padded / 64);
+        next.advance(p, first_head, row_begin, row_end);
+        if (next.valid(p)) {
+            load_rows(next, stages + (stage_index ^ 1) * Tile::kStageBytes);
+        }
+        const float bias = source_bias(source, b, key_head * p.shape.group + tile.head);
         float x[1][kN][4], dz[1][kN][4];
         clear(x);
         clear(dz);
         multiply_rows<T, 1, kN, D>(x, keys, warp_row, stage, 0);
-        if (next.valid(group)) {
-            load_rows(next, stages + (stage_index ^ 1) * Tile::kStageBytes);
-        }
         if constexpr (kKey) {
             multiply_rows<T, 1, kN, D>(dz, values, warp_row, grad_out, 0);
         }
         prepare(x[0], p.shape.logits);
-        if (!(all_seen && tile.full)) {
-            const Word upper = is_seen(own) ? tile.seeing(source, offset, first + own) : 0;
-            const Word lower = is_seen(own + 8) ? tile.seeing(source, offset, first + own + 8) : 0;
+        if (!(all_seen && tile.full(source, offset, first, first + Tile::kColumns - 1, p.shape.rows))) {
+            const Word upper = upper_seen ? tile.seeing(source, offset, first + own) : 0;
+            const Word lower = lower_seen ? tile.seeing(source, offset, first + own + 8) : 0;
             mask_fragment(x[0], upper, lower);
         }
-        const float bias = source_bias(source, b, key_head * group + tile.head);
         uint32_t weights[1][kN / 2][4];
         weigh<T>(weights[0], dz[0], x[0], stage + 2 * Tile::kRowBytes, p.shape.logits.unit, bias);
         if constexpr (kValue) {
@@ -182,12 +194,7 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
             pack_fragment<T>(ds[0], dz[0]);
             multiply_columns<T, 1, kDN, kN / 2, D>(dk, ds, stage);
             if (p.dq_sum != nullptr) {
-#pragma unroll
-                for (int n = 0; n < kN; ++n) {
-                    const int at = lane_index() % 4 * 4;
-                    store_shared_32(chunk_address<Tile::kRows>(grads, own, n) + at, ds[0][n / 2][n % 2 * 2]);
-                    store_shared_32(chunk_address<Tile::kRows>(grads, own + 8, n) + at, ds[0][n / 2][n % 2 * 2 + 1]);
-                }
+                store_packed<Tile::kRows>(grads, own, ds[0]);
                 barrier();  // ds is there
                 // The warps share the tile of dQ out: 16 rows each, and of its columns the part that is left.
                 constexpr int kParts = Tile::kWarps / (Tile::kRows / 16), kPartN = kDN / kParts;

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(QueryTile<D>::kThreads, D <= 128 ? 2 : 1)
     const int last = least(first + Tile::kRows, p.shape.rows) - 1;
     const int head = block_index() / tiles;  // of B Hq
     const int b = head / p.shape.heads, h = head % p.shape.heads;
-    const int key_head = h / (p.shape.heads / p.shape.key_heads);
+    const int key_head = h / p.shape.group;
     const int warp_row = warp_index() * 16, row = first + warp_row + lane_index() / 4;
     const SharedAddress query = shared_base();                // (kRows, D), later grad_query
     const SharedAddress grad_out = query + Tile::kRowBytes;   // (kRows, D)

@@ -19,21 +19,27 @@
 
 namespace attnfuse::sm80 {
 
+// Chunks change places within groups of so many. Where rows are shorter than the 128 bytes that the banks span, or no
+// multiple of them, several rows share those, and flip together.
+template <int D>
+constexpr int kFlipGroup = D / 8 % 8 == 0 ? 8 : D / 8 < 8 ? D / 8 : 4;
+
 template <int D>
 __device__ __forceinline__ int flip(int row) {
-    constexpr int kChunks = D / 8;
-    if constexpr (kChunks % 8 == 0) {
-        return row % 8;
-    } else {
-        // Rows of 32, 64 or 192 bytes: several share the 128 bytes that the banks span, and flip together.
-        constexpr int kGroup = kChunks < 8 ? kChunks : 4;
-        return row / (8 / kGroup) % kGroup;
-    }
+    return row / (8 / kFlipGroup<D>) % kFlipGroup<D>;
 }
 
 template <int D>
 __device__ __forceinline__ SharedAddress chunk_address(SharedAddress tile, int row, int chunk) {
     return tile + row * (D * 2) + ((chunk ^ flip<D>(row)) * 16);
+}
+
+// From a chunk's address to that of the one `chunks` to its right. Both numbers must share no bit: within a group the
+// sum is then an exclusive or, of the address itself, since tiles and groups of chunks begin on so many bytes.
+template <int D>
+__device__ __forceinline__ SharedAddress to_the_right(SharedAddress chunk, int chunks) {
+    constexpr int kGroup = kFlipGroup<D>;
+    return (chunk ^ (chunks % kGroup * 16)) + chunks / kGroup * (kGroup * 16);
 }
 
 template <typename T>
@@ -73,19 +79,19 @@ __device__ __forceinline__ void load_tile(SharedAddress tile, const Rows& x, int
 template <typename T, int M, int N, int K_DIM>
 __device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], SharedAddress a, int a_row, SharedAddress b, int b_row) {
     const int lane = recomputed(lane_index());
-    const int a_lane = a_row + lane % 16, a_chunk = lane / 16;
-    const int b_lane = b_row + lane % 8 + lane / 16 * 8, b_chunk = lane / 8 % 2;
+    const SharedAddress a_lane = chunk_address<K_DIM>(a, a_row + lane % 16, lane / 16);
+    const SharedAddress b_lane = chunk_address<K_DIM>(b, b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < K_DIM / 8; k += 2) {
         uint32_t left[M][4];
 #pragma unroll
         for (int m = 0; m < M; ++m) {
-            ldmatrix_x4(left[m], a + (a_lane + 16 * m) * (K_DIM * 2) + ((k ^ (a_chunk ^ flip<K_DIM>(a_lane))) * 16));
+            ldmatrix_x4(left[m], to_the_right<K_DIM>(a_lane, k) + 16 * m * (K_DIM * 2));
         }
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             uint32_t right[4];
-            ldmatrix_x4(right, b + (b_lane + 8 * n) * (K_DIM * 2) + ((k ^ (b_chunk ^ flip<K_DIM>(b_lane))) * 16));
+            ldmatrix_x4(right, to_the_right<K_DIM>(b_lane, k) + 8 * n * (K_DIM * 2));
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 mma_m16n8k16<T>(acc[m][n], left[m], right[0], right[1]);
@@ -101,13 +107,13 @@ template <typename T, int M, int N, int K, int D>
 __device__ __forceinline__ void multiply_columns(
     float (&acc)[M][N][4], const uint32_t (&a)[M][K][4], SharedAddress b, int b_chunk = 0) {
     const int lane = recomputed(lane_index());
-    const int lane_row = lane % 16, lane_chunk = lane / 16;
+    const SharedAddress b_lane = chunk_address<D>(b, lane % 16, b_chunk + lane / 16);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             uint32_t right[4];
-            ldmatrix_x4_trans(right, chunk_address<D>(b + 16 * k * (D * 2), lane_row, b_chunk + n + lane_chunk));
+            ldmatrix_x4_trans(right, to_the_right<D>(b_lane, n) + 16 * k * (D * 2));
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 mma_m16n8k16<T>(acc[m][n], a[m][k], right[0], right[1]);
@@ -123,11 +129,11 @@ template <typename T, int N, int K, int A_D, int D>
 __device__ __forceinline__ void multiply_transposed(
     float (&acc)[1][N][4], SharedAddress a, int a_column, SharedAddress b, int b_chunk) {
     const int lane = lane_index();
-    const int lane_row = lane % 8 + lane / 16 * 8, lane_chunk = a_column / 8 + lane / 8 % 2;
+    const SharedAddress a_lane = chunk_address<A_D>(a, lane % 8 + lane / 16 * 8, a_column / 8 + lane / 8 % 2);
 #pragma unroll
     for (int k = 0; k < K / 16; ++k) {
         uint32_t left[1][1][4];
-        ldmatrix_x4_trans(left[0][0], chunk_address<A_D>(a + 16 * k * (A_D * 2), lane_row, lane_chunk));
+        ldmatrix_x4_trans(left[0][0], a_lane + 16 * k * (A_D * 2));
         multiply_columns<T, 1, N, 1, D>(acc, left, b + 16 * k * (D * 2), b_chunk);
     }
 }
@@ -191,11 +197,11 @@ __device__ __forceinline__ void store_fragments(
     const int lane = lane_index();
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-        const int row = tile_row + 16 * m + lane / 4;
+        const SharedAddress row = chunk_address<D>(tile, tile_row + 16 * m + lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n) {
-            store_shared_32(chunk_address<D>(tile, row, n) + lane % 4 * 4, pack<T>(x[m][n][0], x[m][n][1]));
-            store_shared_32(chunk_address<D>(tile, row + 8, n) + lane % 4 * 4, pack<T>(x[m][n][2], x[m][n][3]));
+            store_shared_32(to_the_right<D>(row, n), pack<T>(x[m][n][0], x[m][n][1]));
+            store_shared_32(to_the_right<D>(row, n) + 8 * (D * 2), pack<T>(x[m][n][2], x[m][n][3]));
         }
     }
     warp_sync();
