@@ -50,7 +50,7 @@ def attention(
         alibi_slopes: (Hq,) or (B, Hq); adds -slope |j - i| (Press et al. 2022, arXiv 2108.12409).
         sinks: (Hq,) logits that join the softmax denominator (Xiao et al. 2023, arXiv 2309.17453).
         return_aux: AuxRequest(lse=..., source_mass=...): the call then returns (out, AuxOutput).
-        backend: "triton", "aten" or "reference"; None takes the documented order, see `explain`.
+        backend: "cuda", "triton", "aten" or "reference"; None takes the documented order, see `explain`.
 
     Returns:
         out (B, Hq, Nq, Dv) in the query's dtype and memory layout; 0 in rows that see no key.

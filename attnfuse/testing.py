@@ -141,6 +141,7 @@ def cases() -> list[Case]:
         replace(long, name="three-sources", aux=True,
                 sources=(one(150, bias=True), one(70, lengths=(3,)), one(130, bias=True))),
         replace(long, name="causal-window", sources=(one(190, causal=True, window=(70, -1)), one(66)), aux=True),
+        replace(long, name="left-window", sources=(one(140, window=(70, -1)),)),
         replace(long, name="lower-right", sources=(one(200, causal=True, offset=60),), sinks=True, rows_first=True),
         replace(long, name="hole-tiles", sources=(one(200, holes=True, hole_tiles=True), one(70)), softcap=5.0),
         replace(long, name="head-dim-128", sources=(one(140, window=(90, 10)), one(70, bias=True)), dim=128, aux=True),
