@@ -27,27 +27,28 @@ struct Rows {
 
 // One source, as attnfuse/problem.py's BoundSource has it; causal is right = 0.
 struct SourceParams {
-    Rows key;                            // (B, Hkv, Ns, D)
-    Rows value;                          // (B, Hkv, Ns, Dv)
-    Rows grad_key;                       // (B, Hkv, Ns, D)   backward only; null = not wanted
-    Rows grad_value;                     // (B, Hkv, Ns, Dv)  backward only; null = not wanted
-    const int32_t* lengths = nullptr;    // (B,), clamped to [0, Ns]; null = Ns
-    const uint8_t* present = nullptr;    // (B,)
-    const uint8_t* key_mask = nullptr;   // (B, Ns) by the two strides that follow
+    Rows key;                           // (B, Hkv, Ns, D)
+    Rows value;                         // (B, Hkv, Ns, Dv)
+    Rows grad_key;                      // (B, Hkv, Ns, D)   backward only; null = not wanted
+    Rows grad_value;                    // (B, Hkv, Ns, Dv)  backward only; null = not wanted
+    const int32_t* lengths = nullptr;   // (B,), clamped to [0, Ns]; null = Ns
+    const uint8_t* present = nullptr;   // (B,)
+    const uint8_t* key_mask = nullptr;  // (B, Ns) by the two strides that follow
     int64_t key_mask_batch = 0;
     int64_t key_mask_column = 0;
-    const float* bias = nullptr;         // (B, Hq) natural units, by the two strides that follow
+    const float* bias = nullptr;  // (B, Hq) natural units, by the two strides that follow
     int64_t bias_batch = 0;
     int64_t bias_head = 0;
-    const int32_t* offsets = nullptr;    // (B,) in place of offset
-    int32_t offset = 0;                  // row i stands at column i + offset
-    int32_t columns = 0;                 // Ns
-    int32_t left = kUnbounded;           // columns seen behind the row's own
-    int32_t right = kUnbounded;          // columns seen ahead of it
+    const int32_t* offsets = nullptr;  // (B,) in place of offset
+    int32_t offset = 0;                // row i stands at column i + offset
+    int32_t columns = 0;               // Ns
+    int32_t left = kUnbounded;         // columns seen behind the row's own
+    int32_t right = kUnbounded;        // columns seen ahead of it
 };
 
 // How the kernels write z in log2 units: z log2(e) = x unit + bias log2(e), with x = q . k and unit = scale log2(e), or
-// with x = from_cap tanh(q . k to_cap) and unit = 1. Here, so that they stand in the constant bank and not in registers.
+// with x = from_cap tanh(q . k to_cap) and unit = 1. Here, so that they stand in the constant bank and not in
+// registers.
 struct LogitUnits {
     float unit = 0.0f;
     float to_cap = 0.0f;
@@ -58,6 +59,7 @@ struct LogitUnits {
 // What both passes read.
 struct Shape {
     Dtype dtype = Dtype::bfloat16;
+    int32_t device = 0;        // the CUDA device that everything lies on
     int32_t batch = 0;         // B
     int32_t heads = 0;         // Hq
     int32_t key_heads = 0;     // Hkv
@@ -66,10 +68,10 @@ struct Shape {
     int32_t value_dim = 0;     // Dv
     int32_t source_count = 0;  // S
     float scale = 1.0f;
-    float softcap = 0.0f;      // 0 = none
-    int32_t group = 0;         // Hq / Hkv, by the launchers
-    int32_t dim_padded = 0;    // padded_dim(D, Dv), by the launchers
-    LogitUnits logits;         // from scale and softcap, by the launchers
+    float softcap = 0.0f;    // 0 = none
+    int32_t group = 0;       // Hq / Hkv, by the launchers
+    int32_t dim_padded = 0;  // padded_dim(D, Dv), by the launchers
+    LogitUnits logits;       // from scale and softcap, by the launchers
 };
 
 struct ForwardParams {
@@ -85,20 +87,20 @@ struct ForwardParams {
 // rows_padded is Nq rounded up to kRowPadding; D_pad is padded_dim(D, Dv).
 struct BackwardParams {
     Shape shape;
-    Rows query;                         // (B, Hq, Nq, D)
-    Rows out;                           // (B, Hq, Nq, Dv)
-    Rows grad_out;                      // (B, Hq, Nq, Dv)
-    Rows grad_query;                    // (B, Hq, Nq, D), or null
-    const float* lse = nullptr;         // (B, Hq, Nq) contiguous, natural log
-    const float* grad_lse = nullptr;    // (B, Hq, Nq) contiguous, or null
-    const float* mass = nullptr;        // (B, Hq, Nq, S) contiguous; read only with grad_mass
-    const float* grad_mass = nullptr;   // (B, Hq, Nq, S) contiguous, or null
-    float* lse2 = nullptr;              // (B, Hq, rows_padded) scratch: lse in log2 units, +inf in rows that are dead
-    float* delta = nullptr;             // (S or 1, B, Hq, rows_padded) scratch: delta of each source
-    uint64_t* live = nullptr;           // (B, Hq, rows_padded / 64) scratch: bit r is row 64 w + r
-    float* dq_sum = nullptr;            // (B, Hq, rows_padded, D_pad) scratch in fragment order; null = no atomics
-    float* sums = nullptr;              // (B, Hq, Nq, S, 2) contiguous: (dz, p) summed over columns; or null
-    int64_t delta_source = 0;           // stride of delta's first dimension, 0 where all sources share one
+    Rows query;                        // (B, Hq, Nq, D)
+    Rows out;                          // (B, Hq, Nq, Dv)
+    Rows grad_out;                     // (B, Hq, Nq, Dv)
+    Rows grad_query;                   // (B, Hq, Nq, D), or null
+    const float* lse = nullptr;        // (B, Hq, Nq) contiguous, natural log
+    const float* grad_lse = nullptr;   // (B, Hq, Nq) contiguous, or null
+    const float* mass = nullptr;       // (B, Hq, Nq, S) contiguous; read only with grad_mass
+    const float* grad_mass = nullptr;  // (B, Hq, Nq, S) contiguous, or null
+    float* lse2 = nullptr;             // (B, Hq, rows_padded) scratch: lse in log2 units, +inf in rows that are dead
+    float* delta = nullptr;            // (S or 1, B, Hq, rows_padded) scratch: delta of each source
+    uint64_t* live = nullptr;          // (B, Hq, rows_padded / 64) scratch: bit r is row 64 w + r
+    float* dq_sum = nullptr;           // (B, Hq, rows_padded, D_pad) scratch in fragment order; null = no atomics
+    float* sums = nullptr;             // (B, Hq, Nq, S, 2) contiguous: (dz, p) summed over columns; or null
+    int64_t delta_source = 0;          // stride of delta's first dimension, 0 where all sources share one
     int32_t rows_padded = 0;
     SourceParams sources[kMaxSources];
 };
@@ -118,7 +120,8 @@ std::vector<TileShape> tile_shapes(int dim_padded);
 // 64, 96, 128 or 256: the head dim that (dim, value_dim) is computed in.
 int padded_dim(int dim, int value_dim);
 
-// Launchers: everything is enqueued on `stream` (a cudaStream_t) of the current device; nothing is waited for.
+// Launchers: everything is enqueued on `stream` (a cudaStream_t) of shape.device, which becomes the CUDA runtime's
+// current device; nothing is waited for.
 // They throw std::runtime_error with one sentence.
 void attn_fwd(const ForwardParams& params, void* stream);
 // lse2, delta, live, and zeros in dq_sum; must come before the others.

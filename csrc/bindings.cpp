@@ -23,8 +23,9 @@ class Items {
   public:
     Items(py::handle tuple, const char* name, Py_ssize_t count) : tuple_(tuple.ptr()) {
         if (!PyTuple_CheckExact(tuple_) || PyTuple_GET_SIZE(tuple_) != count) {
-            throw py::type_error(std::string(name) + " must be a tuple of " + std::to_string(count) + " items, got " +
-                                 std::string(py::repr(tuple)));
+            throw py::type_error(
+                std::string(name) + " must be a tuple of " + std::to_string(count) + " items, got " +
+                std::string(py::repr(tuple)));
         }
     }
 
@@ -38,8 +39,8 @@ class Items {
         int64_t wide;
         read(wide);
         if (wide != static_cast<int32_t>(wide)) {
-            throw py::value_error("item " + std::to_string(next_ - 1) + " must fit 32 bits, got " +
-                                  std::to_string(wide));
+            throw py::value_error(
+                "item " + std::to_string(next_ - 1) + " must fit 32 bits, got " + std::to_string(wide));
         }
         field = static_cast<int32_t>(wide);
     }
@@ -82,26 +83,28 @@ class Items {
 
 Shape shape_from(py::handle tuple) {
     Shape shape;
-    Items(tuple, "shape", 9)
-        .read_all(shape.dtype, shape.batch, shape.heads, shape.key_heads, shape.rows, shape.dim, shape.value_dim,
-                  shape.scale, shape.softcap);
+    Items(tuple, "shape", 10)
+        .read_all(
+            shape.dtype, shape.device, shape.batch, shape.heads, shape.key_heads, shape.rows, shape.dim,
+            shape.value_dim, shape.scale, shape.softcap);
     return shape;
 }
 
 SourceParams source_from(py::handle tuple) {
     SourceParams source;
     Items(tuple, "a source", 17)
-        .read_all(source.key, source.value, source.grad_key, source.grad_value, source.lengths, source.present,
-                  source.key_mask, source.key_mask_batch, source.key_mask_column, source.bias, source.bias_batch,
-                  source.bias_head, source.offsets, source.offset, source.columns, source.left, source.right);
+        .read_all(
+            source.key, source.value, source.grad_key, source.grad_value, source.lengths, source.present,
+            source.key_mask, source.key_mask_batch, source.key_mask_column, source.bias, source.bias_batch,
+            source.bias_head, source.offsets, source.offset, source.columns, source.left, source.right);
     return source;
 }
 
 template <typename Params>
 void set_sources(Params& params, const py::tuple& sources) {
     if (sources.size() > kMaxSources) {
-        throw py::value_error("sources must be at most " + std::to_string(kMaxSources) + ", got " +
-                              std::to_string(sources.size()));
+        throw py::value_error(
+            "sources must be at most " + std::to_string(kMaxSources) + ", got " + std::to_string(sources.size()));
     }
     for (size_t s = 0; s < sources.size(); ++s) {
         params.sources[s] = source_from(sources[s]);
@@ -117,16 +120,18 @@ ForwardParams forward_params(const py::tuple& shape, const py::tuple& tensors, c
     return params;
 }
 
-BackwardParams backward_params(const py::tuple& shape, const py::tuple& tensors, const py::tuple& scratch,
-                               const py::tuple& sources) {
+BackwardParams backward_params(
+    const py::tuple& shape, const py::tuple& tensors, const py::tuple& scratch, const py::tuple& sources) {
     BackwardParams params;
     params.shape = shape_from(shape);
     Items(tensors, "tensors", 8)
-        .read_all(params.query, params.out, params.grad_out, params.grad_query, params.lse, params.grad_lse,
-                  params.mass, params.grad_mass);
+        .read_all(
+            params.query, params.out, params.grad_out, params.grad_query, params.lse, params.grad_lse, params.mass,
+            params.grad_mass);
     Items(scratch, "scratch", 7)
-        .read_all(params.lse2, params.delta, params.live, params.dq_sum, params.sums, params.delta_source,
-                  params.rows_padded);
+        .read_all(
+            params.lse2, params.delta, params.live, params.dq_sum, params.sums, params.delta_source,
+            params.rows_padded);
     set_sources(params, sources);
     return params;
 }

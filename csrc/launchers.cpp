@@ -53,10 +53,14 @@ void with_dtype(const Shape& shape, Call call) {
 template <typename Call>
 void with_dim(int dim_padded, Call call) {
     switch (dim_padded) {
-        case 64: return call(Dim<64>{});
-        case 96: return call(Dim<96>{});
-        case 128: return call(Dim<128>{});
-        default: return call(Dim<256>{});
+        case 64:
+            return call(Dim<64>{});
+        case 96:
+            return call(Dim<96>{});
+        case 128:
+            return call(Dim<128>{});
+        default:
+            return call(Dim<256>{});
     }
 }
 
@@ -85,7 +89,8 @@ int padded_dim(int dim, int value_dim) {
 std::vector<TileShape> tile_shapes(int dim_padded) {
     std::vector<TileShape> shapes;
     with_dim(dim_padded, [&]<int D>(Dim<D>) {
-        for (const auto& tiles : {sm80::attn_fwd_tiles<D>(), sm80::attn_bwd_dq_tiles<D>(), sm80::attn_bwd_dkdv_tiles<D>()}) {
+        for (const auto& tiles :
+             {sm80::attn_fwd_tiles<D>(), sm80::attn_bwd_dq_tiles<D>(), sm80::attn_bwd_dkdv_tiles<D>()}) {
             shapes.insert(shapes.end(), tiles.begin(), tiles.end());
         }
     });

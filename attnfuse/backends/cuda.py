@@ -280,7 +280,8 @@ def _shape(problem: Problem) -> tuple[int | float, ...]:
     batch, heads, rows, dim = query.shape
     key_heads = problem.sources[0].key.shape[1]
     return (
-        DTYPES[query.dtype], batch, heads, key_heads, rows, dim, problem.value_dim, problem.scale, problem.softcap,
+        DTYPES[query.dtype], query.device.index or 0, batch, heads, key_heads, rows, dim, problem.value_dim,
+        problem.scale, problem.softcap,
     )  # fmt: skip
 
 

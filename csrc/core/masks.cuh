@@ -15,7 +15,9 @@ namespace attnfuse {
 using Word = uint64_t;
 
 // index * stride in 64 bits. An index is never negative: as such it needs no second register for its sign.
-__device__ __forceinline__ int64_t stride_by(int index, int64_t stride) { return static_cast<uint32_t>(index) * stride; }
+__device__ __forceinline__ int64_t stride_by(int index, int64_t stride) {
+    return static_cast<uint32_t>(index) * stride;
+}
 
 // Bits 0 .. count - 1.
 __device__ __forceinline__ Word below(int count) {
@@ -103,7 +105,8 @@ struct ColumnTiles {
     __device__ __forceinline__ bool full(const SourceParams& s, int b, int first, int last) const {
         const int offset = source_offset(s, b);
         // The last row reaches least far back, the first one least far ahead.
-        return seen == below(COLUMNS) && start >= last + offset - s.left && start + COLUMNS <= first + offset + s.right + 1;
+        return seen == below(COLUMNS) && start >= last + offset - s.left &&
+               start + COLUMNS <= first + offset + s.right + 1;
     }
 
     // Of the tile's columns, those that row i sees.

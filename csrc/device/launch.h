@@ -15,11 +15,11 @@ inline void require(cudaError_t status, const char* what) {
     }
 }
 
-// Bytes of shared memory a block may ask for on the current device.
-inline int shared_memory_limit() {
-    int device = 0, bytes = 0;
-    require(cudaGetDevice(&device), "no CUDA device to launch on");
-    require(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+// Bytes of shared memory a block may ask for.
+inline int shared_memory_limit(int device) {
+    int bytes = 0;
+    require(
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "no CUDA device to launch on");
     return bytes;
 }
 
@@ -30,11 +30,15 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_byte
         return;
     }
     if (blocks > INT32_MAX) {
-        throw std::runtime_error("the problem needs " + std::to_string(blocks) + " blocks, a launch takes " + std::to_string(INT32_MAX));
+        throw std::runtime_error(
+            "the problem needs " + std::to_string(blocks) + " blocks, a launch takes " + std::to_string(INT32_MAX));
     }
+    // This runtime is linked statically: it does not know which device torch's has made the current one.
+    require(cudaSetDevice(params.shape.device), "no CUDA device to launch on");
     if (shared_bytes > 48 * 1024) {
-        require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-                "a kernel's shared memory was refused");
+        require(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+            "a kernel's shared memory was refused");
     }
     kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
     require(cudaGetLastError(), "a kernel could not be launched");

@@ -15,7 +15,9 @@ __device__ __forceinline__ void barrier() { __syncthreads(); }
 // The same for the 32 threads of a warp.
 __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
-__device__ __forceinline__ float shuffle_xor(float x, int lane_mask) { return __shfl_xor_sync(0xffffffffu, x, lane_mask); }
+__device__ __forceinline__ float shuffle_xor(float x, int lane_mask) {
+    return __shfl_xor_sync(0xffffffffu, x, lane_mask);
+}
 // Bit l is lane l's vote.
 __device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 

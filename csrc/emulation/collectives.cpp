@@ -44,8 +44,9 @@ void execute_shuffle(Warp& warp) {
         auto& mine = arguments_of<ShuffleArguments>(warp, lane);
         const int source = lane ^ mine.lane_mask;
         if (source < 0 || source > 31) {
-            fail(who(warp.threads[lane]) + " calls shuffle_xor with lane mask " + std::to_string(mine.lane_mask) +
-                 ", which is not 0 to 31");
+            fail(
+                who(warp.threads[lane]) + " calls shuffle_xor with lane mask " + std::to_string(mine.lane_mask) +
+                ", which is not 0 to 31");
         }
         mine.received = arguments_of<ShuffleArguments>(warp, source).given;
     }

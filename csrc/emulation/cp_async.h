@@ -15,8 +15,8 @@ void wait_for_copies(std::size_t pending);
 
 }  // namespace emulation
 
-inline void cp_async_16(SharedAddress to, const void* from, bool valid,
-                        emulation::Where where = emulation::Where::current()) {
+inline void cp_async_16(
+    SharedAddress to, const void* from, bool valid, emulation::Where where = emulation::Where::current()) {
     emulation::begin_copy(to, from, 16, valid, where);
 }
 inline void cp_async_4(SharedAddress to, const void* from, emulation::Where where = emulation::Where::current()) {

@@ -24,7 +24,7 @@ struct Fiber {
 
 // One mapping for all stacks, kept from launch to launch; a page that may not be touched ends each of them.
 class Stacks {
-public:
+  public:
     Stacks() = default;
     Stacks(const Stacks&) = delete;
     Stacks& operator=(const Stacks&) = delete;
@@ -34,7 +34,7 @@ public:
     // The fiber calls `entry`, which must not return, when it is first switched to, on stack `index`.
     void prepare(Fiber& fiber, int index, void (*entry)());
 
-private:
+  private:
     void release();
 
     unsigned char* mapping_ = nullptr;

@@ -12,8 +12,9 @@ namespace emulation {
 // bytes is a power of two.
 inline void check_aligned(const void* address, std::size_t bytes, Where where) {
     if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
-        fail(who(*current) + " at " + place(where) + " accesses " + std::to_string(bytes) +
-             " bytes of global memory at an address that is not a multiple of " + std::to_string(bytes));
+        fail(
+            who(*current) + " at " + place(where) + " accesses " + std::to_string(bytes) +
+            " bytes of global memory at an address that is not a multiple of " + std::to_string(bytes));
     }
 }
 

@@ -9,17 +9,17 @@
 
 namespace attnfuse {
 
-inline int shared_memory_limit() { return emulation::shared_memory_bytes; }
+inline int shared_memory_limit(int /*device*/) { return emulation::shared_memory_bytes; }
 
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, void* /*stream*/,
-            const Params& params) {
+void launch(
+    void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, void* /*stream*/, const Params& params) {
     if (blocks == 0) {
         return;
     }
     if (blocks < 0 || blocks > INT32_MAX) {
-        throw std::runtime_error("the problem needs " + std::to_string(blocks) + " blocks, a launch takes " +
-                                 std::to_string(INT32_MAX));
+        throw std::runtime_error(
+            "the problem needs " + std::to_string(blocks) + " blocks, a launch takes " + std::to_string(INT32_MAX));
     }
     struct Call {
         void (*kernel)(Params);

@@ -13,12 +13,12 @@ void ldmatrix(uint32_t (&fragment)[4], SharedAddress row, bool transposed, Where
 
 }  // namespace emulation
 
-inline void ldmatrix_x4(uint32_t (&fragment)[4], SharedAddress row,
-                        emulation::Where where = emulation::Where::current()) {
+inline void ldmatrix_x4(
+    uint32_t (&fragment)[4], SharedAddress row, emulation::Where where = emulation::Where::current()) {
     emulation::ldmatrix(fragment, row, false, where);
 }
-inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], SharedAddress row,
-                              emulation::Where where = emulation::Where::current()) {
+inline void ldmatrix_x4_trans(
+    uint32_t (&fragment)[4], SharedAddress row, emulation::Where where = emulation::Where::current()) {
     emulation::ldmatrix(fragment, row, true, where);
 }
 

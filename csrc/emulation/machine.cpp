@@ -125,8 +125,9 @@ void release(Thread& thread) {
 
 void thread_returned(Thread& thread) {
     if (!thread.copies.empty()) {
-        fail(who(thread) + " returned with copies in flight: the first was begun at " +
-             place(thread.copies[0].where) + " and never waited for");
+        fail(
+            who(thread) + " returned with copies in flight: the first was begun at " + place(thread.copies[0].where) +
+            " and never waited for");
     }
     thread.returned = true;
     --thread.block->running;
@@ -232,9 +233,10 @@ void meet(const Collective& collective, void* arguments, Where where) {
     } else {
         const Thread& first = warp.threads[warp.first_arrived];
         if (first.waits_in != &collective || !same_line(first.where, where)) {
-            fail(who(thread) + " calls " + collective.name + " at " + place(where) + " while thread " +
-                 std::to_string(first.index) + " of its warp waits at " + first.waits_in->name + " " +
-                 place(first.where));
+            fail(
+                who(thread) + " calls " + collective.name + " at " + place(where) + " while thread " +
+                std::to_string(first.index) + " of its warp waits at " + first.waits_in->name + " " +
+                place(first.where));
         }
     }
     warp.arguments[thread.lane] = arguments;
@@ -256,8 +258,9 @@ void run(int64_t blocks, int threads, int shared_bytes, void (*body)(const void*
         fail("a launch takes 32 to 1024 threads a block, a multiple of 32, not " + std::to_string(threads));
     }
     if (shared_bytes < 0 || shared_bytes > shared_memory_bytes) {
-        fail("a launch asks for " + std::to_string(shared_bytes) + " bytes of shared memory a block, the device has " +
-             std::to_string(shared_memory_bytes));
+        fail(
+            "a launch asks for " + std::to_string(shared_bytes) + " bytes of shared memory a block, the device has " +
+            std::to_string(shared_memory_bytes));
     }
     static std::mutex one_at_a_time;
     const std::lock_guard lock(one_at_a_time);

@@ -52,14 +52,14 @@ struct Warp {
     Thread* threads = nullptr;
     uint16_t epoch = 0;
     int arrived = 0;
-    int first_arrived = 0;   // its lane
+    int first_arrived = 0;     // its lane
     void* arguments[32] = {};  // of each lane
 };
 
 struct Block {
     int index = 0;
     uint32_t epoch = 0;
-    int running = 0;     // threads that neither wait nor have returned
+    int running = 0;  // threads that neither wait nor have returned
     int unreturned = 0;
     int at_barrier = 0;
     SharedMemory shared;

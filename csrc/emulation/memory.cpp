@@ -63,12 +63,13 @@ void SharedMemory::reset(int bytes) {
     std::memset(memory_.get(), 0xff, bytes);
 }
 
-SharedMemory::Granule* SharedMemory::check(const Thread& thread, uint32_t address, uint32_t bytes, const char* verb,
-                                           Where where) {
+SharedMemory::Granule* SharedMemory::check(
+    const Thread& thread, uint32_t address, uint32_t bytes, const char* verb, Where where) {
     const int64_t begin = static_cast<int64_t>(address) - kSharedBase;
     const auto fail_with = [&](const std::string& what) {
-        fail(who(thread) + " at " + place(where) + " " + verb + " " + std::to_string(bytes) +
-             " bytes of shared memory at byte " + std::to_string(begin) + ", " + what);
+        fail(
+            who(thread) + " at " + place(where) + " " + verb + " " + std::to_string(bytes) +
+            " bytes of shared memory at byte " + std::to_string(begin) + ", " + what);
     };
     if (begin < 0 || begin + bytes > bytes_) {
         fail_with("outside the block's " + std::to_string(bytes_));
@@ -79,21 +80,24 @@ SharedMemory::Granule* SharedMemory::check(const Thread& thread, uint32_t addres
     Granule* const granules = &granules_[begin / 2];
     for (uint32_t i = 0; i < bytes / 2; ++i) {
         if (granules[i].copy_line != 0) {
-            fail_with("where a copy is in flight that thread " + std::to_string(granules[i].copy_thread) +
-                      " began at " + place(lines[granules[i].copy_line]));
+            fail_with(
+                "where a copy is in flight that thread " + std::to_string(granules[i].copy_thread) + " began at " +
+                place(lines[granules[i].copy_line]));
         }
     }
     return granules;
 }
 
-void SharedMemory::race(const Thread& thread, const Granule& granule, const Access& first, const char* first_verb,
-                        const Access& second, const char* second_verb) const {
+void SharedMemory::race(
+    const Thread& thread, const Granule& granule, const Access& first, const char* first_verb, const Access& second,
+    const char* second_verb) const {
     const auto side = [](const char* verb, const Access& access) {
         return std::string(verb) + " by thread " + std::to_string(access.thread) + " at " + place(lines[access.line]);
     };
-    fail("race in block " + std::to_string(thread.block->index) + " on shared memory at byte " +
-         std::to_string(2 * (&granule - granules_.data())) + ": " + side(first_verb, first) + ", " +
-         side(second_verb, second) + ", with no barrier between them");
+    fail(
+        "race in block " + std::to_string(thread.block->index) + " on shared memory at byte " +
+        std::to_string(2 * (&granule - granules_.data())) + ": " + side(first_verb, first) + ", " +
+        side(second_verb, second) + ", with no barrier between them");
 }
 
 void SharedMemory::note_reader(Granule& granule, const Access& me) {
@@ -204,10 +208,11 @@ GlobalWrites::Entry& GlobalWrites::insert(uintptr_t address) {
 }
 
 void GlobalWrites::fail_after(const Entry& entry, const Thread& thread, const char* verb, Where where) {
-    fail(who(thread) + " at " + place(where) + " " + verb + " a global address that block " +
-         std::to_string(entry.block) + ", thread " + std::to_string(entry.writer.thread) +
-         (entry.stored ? " stored to at " : " added to at ") + place(lines[entry.writer.line]) +
-         (entry.many_blocks ? " after other blocks" : "") + ", and nothing in the launch orders the two");
+    fail(
+        who(thread) + " at " + place(where) + " " + verb + " a global address that block " +
+        std::to_string(entry.block) + ", thread " + std::to_string(entry.writer.thread) +
+        (entry.stored ? " stored to at " : " added to at ") + place(lines[entry.writer.line]) +
+        (entry.many_blocks ? " after other blocks" : "") + ", and nothing in the launch orders the two");
 }
 
 void GlobalWrites::load(const Thread& thread, const void* from, std::size_t bytes, Where where) {

@@ -37,7 +37,7 @@ struct Copy {
 // A block's shared memory. Each function checks one access, all of whose bytes must be in range, aligned to their
 // number and landed, and throws std::runtime_error; what it returns points to those bytes.
 class SharedMemory {
-public:
+  public:
     // As a block finds it when it starts: exactly this long, NaN in every format.
     void reset(int bytes);
     const unsigned char* read(const Thread& thread, uint32_t address, uint32_t bytes, Where where);
@@ -46,7 +46,7 @@ public:
     void begin_copy(const Thread& thread, const Copy& copy);
     unsigned char* land(const Thread& thread, const Copy& copy);
 
-private:
+  private:
     // The latest reader of a warp, and another of its lanes in the same warp epoch: a writer is at most one of them.
     struct Reader {
         Access last;
@@ -63,8 +63,9 @@ private:
 
     Granule* check(const Thread& thread, uint32_t address, uint32_t bytes, const char* verb, Where where);
     void check_write(const Thread& thread, const Access& me, const Granule& granule) const;
-    [[noreturn]] void race(const Thread& thread, const Granule& granule, const Access& first, const char* first_verb,
-                           const Access& second, const char* second_verb) const;
+    [[noreturn]] void race(
+        const Thread& thread, const Granule& granule, const Access& first, const char* first_verb, const Access& second,
+        const char* second_verb) const;
     static void note_reader(Granule& granule, const Access& me);
 
     std::unique_ptr<unsigned char[]> memory_;
@@ -75,13 +76,13 @@ private:
 // Who wrote what of global memory in this launch, by 4-byte words or smaller elements. Blocks have no order, so that
 // an address is one thread's to store or everybody's to add to, and nobody's to load in another block.
 class GlobalWrites {
-public:
+  public:
     void clear();
     void load(const Thread& thread, const void* from, std::size_t bytes, Where where);
     void store(const Thread& thread, const void* to, std::size_t bytes, Where where);
     void add(const Thread& thread, const void* to, Where where);
 
-private:
+  private:
     struct Entry {
         uintptr_t address = 0;
         uint32_t launch = 0;  // an entry of an earlier launch is free

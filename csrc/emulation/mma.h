@@ -16,8 +16,9 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, W
 }  // namespace emulation
 
 template <typename T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                         emulation::Where where = emulation::Where::current()) {
+inline void mma_m16n8k16(
+    float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+    emulation::Where where = emulation::Where::current()) {
     emulation::multiply<T>(d, a, b0, b1, where);
 }
 

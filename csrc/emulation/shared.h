@@ -41,8 +41,8 @@ inline void store_shared_32(SharedAddress to, uint32_t x, emulation::Where where
 inline uint16_t load_shared_16(SharedAddress from, emulation::Where where = emulation::Where::current()) {
     return emulation::load_shared<uint16_t>(from, where);
 }
-inline void load_shared_pair(float& low, float& high, SharedAddress from,
-                             emulation::Where where = emulation::Where::current()) {
+inline void load_shared_pair(
+    float& low, float& high, SharedAddress from, emulation::Where where = emulation::Where::current()) {
     struct Floats {
         float low, high;
     };

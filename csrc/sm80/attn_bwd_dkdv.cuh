@@ -58,11 +58,12 @@ __host__ __device__ __forceinline__ int all_key_tiles(const BackwardParams& p) {
     return tiles;
 }
 
-// x of one tile to p (packed, the left operand of dv) and dz = p (dz - delta). lse and delta of the tile's rows stand at
-// `state`, side by side.
+// x of one tile to p (packed, the left operand of dv) and dz = p (dz - delta). lse and delta of the tile's rows stand
+// at `state`, side by side.
 template <typename T, int N>
 __device__ __forceinline__ void weigh(
-    uint32_t (&weights)[N / 2][4], float (&dz)[N][4], const float (&x)[N][4], SharedAddress state, float unit, float bias) {
+    uint32_t (&weights)[N / 2][4], float (&dz)[N][4], const float (&x)[N][4], SharedAddress state, float unit,
+    float bias) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
         const SharedAddress at = state + (8 * n + lane_index() % 4 * 2) * 4;
@@ -126,9 +127,8 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
     const auto is_seen = [&](int j) { return (j < 64 ? seen[0] : seen[1]) >> (j % 64) & 1; };
     const bool upper_seen = is_seen(own), lower_seen = is_seen(own + 8);
     const int row_begin = most(first - offset - source.right, 0);
-    const int row_end = (seen[0] | seen[1]) == 0
-                            ? 0
-                            : least(least(first + Tile::kColumns, end) - offset + source.left, p.shape.rows);
+    const int row_end =
+        (seen[0] | seen[1]) == 0 ? 0 : least(least(first + Tile::kColumns, end) - offset + source.left, p.shape.rows);
 
     const auto load_rows = [&](const RowTiles<Tile::kRows>& tile, SharedAddress stage) {
         const int h = key_head * p.shape.group + tile.head;
@@ -152,7 +152,8 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
     if (tile.valid(p)) {
         load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(keys, source.key, b, key_head, first, p.shape.dim, is_seen);
         if constexpr (kKey) {
-            load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(values, source.value, b, key_head, first, p.shape.value_dim, is_seen);
+            load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(
+                values, source.value, b, key_head, first, p.shape.value_dim, is_seen);
         }
         load_rows(tile, stages);
     }
@@ -202,7 +203,8 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
                 float dq[1][kPartN][4];
                 clear(dq);
                 multiply_transposed<T, kPartN, Tile::kColumns, Tile::kRows, D>(dq, grads, row, keys, chunk);
-                float* sum = p.dq_sum + fragment_offset(p, first_head + tile.head, tile.start + row, 8 * chunk) + lane_index();
+                float* sum =
+                    p.dq_sum + fragment_offset(p, first_head + tile.head, tile.start + row, 8 * chunk) + lane_index();
 #pragma unroll
                 for (int n = 0; n < kPartN; ++n) {
                     if (8 * (chunk + n) < p.shape.dim) {
@@ -229,7 +231,8 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
         store_fragments<T, 1, D>(dk, keys, warp_row, source.grad_key, b, key_head, first, source.columns, p.shape.dim);
     }
     if (kValue && source.grad_value.data != nullptr) {
-        store_fragments<T, 1, D>(dv, values, warp_row, source.grad_value, b, key_head, first, source.columns, p.shape.value_dim);
+        store_fragments<T, 1, D>(
+            dv, values, warp_row, source.grad_value, b, key_head, first, source.columns, p.shape.value_dim);
     }
 }
 
@@ -237,8 +240,9 @@ template <typename T, int D, bool kSmall, Wanted WANTED>
 void launch_dkdv(const BackwardParams& p, void* stream) {
     using Tile = KeyTile<D, kSmall>;
     const int64_t tiles = all_key_tiles<Tile::kColumns, WANTED>(p);
-    launch(attn_bwd_dkdv_kernel<T, D, kSmall, WANTED>, tiles * p.shape.key_heads * p.shape.batch, Tile::kThreads,
-           Tile::shared_bytes(WANTED), stream, p);
+    launch(
+        attn_bwd_dkdv_kernel<T, D, kSmall, WANTED>, tiles * p.shape.key_heads * p.shape.batch, Tile::kThreads,
+        Tile::shared_bytes(WANTED), stream, p);
 }
 
 template <typename T, int D>
@@ -246,7 +250,7 @@ void attn_bwd_dkdv(const BackwardParams& p, void* stream) {
     if constexpr (D == 256) {
         launch_dkdv<T, D, false, Wanted::kValue>(p, stream);
         launch_dkdv<T, D, false, Wanted::kKey>(p, stream);
-    } else if (D == 128 && shared_memory_limit() < KeyTile<D, false>::shared_bytes(Wanted::kBoth)) {
+    } else if (D == 128 && shared_memory_limit(p.shape.device) < KeyTile<D, false>::shared_bytes(Wanted::kBoth)) {
         launch_dkdv<T, D, D == 128, Wanted::kBoth>(p, stream);
     } else {
         launch_dkdv<T, D, false, Wanted::kBoth>(p, stream);

@@ -56,15 +56,16 @@ __global__ void __launch_bounds__(QueryTile<D>::kThreads, D <= 128 ? 2 : 1)
     const int b = head / p.shape.heads, h = head % p.shape.heads;
     const int key_head = h / p.shape.group;
     const int warp_row = warp_index() * 16, row = first + warp_row + lane_index() / 4;
-    const SharedAddress query = shared_base();                // (kRows, D), later grad_query
-    const SharedAddress grad_out = query + Tile::kRowBytes;   // (kRows, D)
-    const SharedAddress keys = grad_out + Tile::kRowBytes;    // (kColumns, D)
-    const SharedAddress values = keys + Tile::kKeyBytes;      // (kColumns, D)
+    const SharedAddress query = shared_base();               // (kRows, D), later grad_query
+    const SharedAddress grad_out = query + Tile::kRowBytes;  // (kRows, D)
+    const SharedAddress keys = grad_out + Tile::kRowBytes;   // (kColumns, D)
+    const SharedAddress values = keys + Tile::kKeyBytes;     // (kColumns, D)
 
     const auto load_source = [&](const ColumnTiles<Tile::kColumns>& tile) {
         const SourceParams& source = p.sources[tile.source];
         const auto seen = [&](int j) { return tile.seen >> j & 1; };
-        load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(keys, source.key, b, key_head, tile.start, p.shape.dim, seen);
+        load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(
+            keys, source.key, b, key_head, tile.start, p.shape.dim, seen);
         load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(
             values, source.value, b, key_head, tile.start, p.shape.value_dim, seen);
         cp_async_commit();
@@ -79,7 +80,8 @@ __global__ void __launch_bounds__(QueryTile<D>::kThreads, D <= 128 ? 2 : 1)
     ColumnTiles<Tile::kColumns> tile;
     tile.advance(p, b, first, last);
     if (tile.valid(p)) {
-        const Word live = load_global(static_cast<const Word*>(p.live) + int64_t{head} * (p.rows_padded / 64) + first / 64);
+        const Word live =
+            load_global(static_cast<const Word*>(p.live) + int64_t{head} * (p.rows_padded / 64) + first / 64);
         const auto lives = [&](int r) { return live >> r & 1; };
         load_tile<Tile::kRows, D, Tile::kThreads, bf16>(query, p.query, b, h, first, p.shape.dim, lives);
         load_tile<Tile::kRows, D, Tile::kThreads, bf16>(grad_out, p.grad_out, b, h, first, p.shape.value_dim, lives);
@@ -152,7 +154,8 @@ template <typename T, int D>
 void attn_bwd_dq(const BackwardParams& p, void* stream) {
     using Tile = QueryTile<D>;
     const int64_t tiles = (p.shape.rows + Tile::kRows - 1) / Tile::kRows;
-    launch(attn_bwd_dq_kernel<T, D>, tiles * p.shape.heads * p.shape.batch, Tile::kThreads, Tile::kSharedBytes, stream, p);
+    launch(
+        attn_bwd_dq_kernel<T, D>, tiles * p.shape.heads * p.shape.batch, Tile::kThreads, Tile::kSharedBytes, stream, p);
 }
 
 template <int D>

@@ -38,7 +38,8 @@ __device__ __forceinline__ float lane_product(const BackwardParams& p, int b, in
         }
     } else {
         for (int d = lane_index(); d < p.shape.value_dim; d += 32) {
-            sum = multiply_add(unpack<T>(load_global(out + d).bits).low, unpack<T>(load_global(grad + d).bits).low, sum);
+            sum =
+                multiply_add(unpack<T>(load_global(out + d).bits).low, unpack<T>(load_global(grad + d).bits).low, sum);
         }
     }
     return sum;

@@ -23,11 +23,12 @@ namespace attnfuse::sm80 {
 template <int D>
 struct ForwardTile {
     static constexpr int kWarps = 4;
-    // Two fragments of rows a warp halve what is read from shared memory for a product; at 256 they do not fit registers.
+    // Two fragments of rows a warp halve what is read from shared memory for a product; at 256 they do not fit
+    // registers.
     static constexpr int kFragments = D <= 128 ? 2 : 1;
     static constexpr int kRows = 16 * kFragments * kWarps;
-    // 64 columns at 128 would leave the loop a few registers short.
-    static constexpr int kColumns = D == 128 ? 48 : 64;
+    // 64 columns at 96 and 128 would leave the loop a few registers short.
+    static constexpr int kColumns = D == 96 || D == 128 ? 48 : 64;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kQueryBytes = kRows * D * 2;
     static constexpr int kKeyBytes = kColumns * D * 2;
@@ -111,8 +112,11 @@ struct OnlineSoftmax {
 template <int M>
 struct RowOutputs {
     const ForwardParams& p;
-    int b, h;
+    int tiles;  // of a head
     int first;  // the block's first row
+
+    // Of the B Hq. Divided out again where a source ends, rather than kept in a register all along.
+    __device__ __forceinline__ int head() const { return recomputed(block_index()) / tiles; }
 
     __device__ __forceinline__ int row(int m, int r) const {
         return first + (warp_index() * M + m) * 16 + r * 8 + lane_index() / 4;
@@ -121,9 +125,7 @@ struct RowOutputs {
     __device__ __forceinline__ bool owns(int m, int r, int s) const {
         return p.mass != nullptr && row(m, r) < p.shape.rows && lane_index() % 4 == s % 4;
     }
-    __device__ __forceinline__ int64_t at(int m, int r) const {
-        return stride_by(b * p.shape.heads + h, p.shape.rows) + row(m, r);
-    }
+    __device__ __forceinline__ int64_t at(int m, int r) const { return stride_by(head(), p.shape.rows) + row(m, r); }
     __device__ __forceinline__ float* mass(int m, int r, int s) const {
         return p.mass + at(m, r) * p.shape.source_count + s;
     }
@@ -162,7 +164,8 @@ __device__ __forceinline__ void finish_source(OnlineSoftmax<M>& softmax, const R
 
 // lse, mass, and `out` divided by the sum of its row: 0 in rows that saw nothing.
 template <int M, int N>
-__device__ __forceinline__ void finish_rows(const OnlineSoftmax<M>& softmax, float (&out)[M][N][4], const RowOutputs<M>& to) {
+__device__ __forceinline__ void finish_rows(
+    const OnlineSoftmax<M>& softmax, float (&out)[M][N][4], const RowOutputs<M>& to) {
     const ForwardParams& p = to.p;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -171,7 +174,7 @@ __device__ __forceinline__ void finish_rows(const OnlineSoftmax<M>& softmax, flo
             float largest = softmax.largest[m][r], sum = softmax.total(m, r), shrink = 1.0f;
             const bool lives = sum > 0.0f;
             if (p.sinks != nullptr && lives) {
-                const float sink = load_global(p.sinks + to.h) * kLog2e;
+                const float sink = load_global(p.sinks + to.head() % p.shape.heads) * kLog2e;
                 const float now = maximum(largest, sink);
                 shrink = exp2_approx(largest - now);
                 sum = multiply_add(sum, shrink, exp2_approx(sink - now));
@@ -209,14 +212,15 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, D <= 128 ? 2 : 1)
     const int b = block_index() / tiles / p.shape.heads;
     const int key_head = h / p.shape.group;
     const int warp_row = warp_index() * 16 * kM;
-    const SharedAddress query = shared_base();               // (kRows, D), later `out`
-    const SharedAddress keys = query + Tile::kQueryBytes;    // (kColumns, D)
-    const SharedAddress values = keys + Tile::kKeyBytes;     // (kColumns, D)
-    const RowOutputs<kM> outputs{p, b, h, first};
+    const SharedAddress query = shared_base();             // (kRows, D), later `out`
+    const SharedAddress keys = query + Tile::kQueryBytes;  // (kColumns, D)
+    const SharedAddress values = keys + Tile::kKeyBytes;   // (kColumns, D)
+    const RowOutputs<kM> outputs{p, tiles, first};
 
     const auto load_keys = [&](const ColumnTiles<Tile::kColumns>& tile) {
         load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(
-            keys, p.sources[tile.source].key, b, key_head, tile.start, p.shape.dim, [&](int j) { return tile.seen >> j & 1; });
+            keys, p.sources[tile.source].key, b, key_head, tile.start, p.shape.dim,
+            [&](int j) { return tile.seen >> j & 1; });
     };
 
     clear_mass(outputs);
@@ -232,12 +236,14 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, D <= 128 ? 2 : 1)
     float out[kM][kDN][4];
     clear(out);
     OnlineSoftmax<kM> softmax;
+    float bias = tile.valid(p) ? source_bias(p.sources[tile.source], b, h) : 0.0f;
     while (tile.valid(p)) {
         const SourceParams& source = p.sources[tile.source];
         cp_async_wait<0>();
         barrier();  // K is there; nobody reads the last V any more
         load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(
-            values, source.value, b, key_head, tile.start, p.shape.value_dim, [&](int j) { return tile.seen >> j & 1; });
+            values, source.value, b, key_head, tile.start, p.shape.value_dim,
+            [&](int j) { return tile.seen >> j & 1; });
         cp_async_commit();
 
         ColumnTiles<Tile::kColumns> next = tile;
@@ -253,14 +259,14 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, D <= 128 ? 2 : 1)
         }
         cp_async_commit();
 
-        const float bias = source_bias(source, b, h);
         const bool full = tile.full(source, b, first, last);
         uint32_t weights[kM][kN / 2][4];
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
             prepare(scores[m], p.shape.logits);
             if (!full) {
-                mask_fragment(scores[m], tile.seen_by(source, b, outputs.row(m, 0)), tile.seen_by(source, b, outputs.row(m, 1)));
+                mask_fragment(
+                    scores[m], tile.seen_by(source, b, outputs.row(m, 0)), tile.seen_by(source, b, outputs.row(m, 1)));
             }
             softmax.add_tile(m, scores[m], out[m], p.shape.logits.unit, bias);
             pack_fragment<T>(weights[m], scores[m]);
@@ -268,6 +274,7 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, D <= 128 ? 2 : 1)
         multiply_columns<T, kM, kDN, kN / 2, D>(out, weights, values);
         if (next.source != tile.source) {
             finish_source(softmax, outputs, tile.source);
+            bias = next.valid(p) ? source_bias(p.sources[next.source], b, outputs.head() % p.shape.heads) : 0.0f;
         }
         tile = next;
     }

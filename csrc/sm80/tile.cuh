@@ -1,7 +1,7 @@
 // Tiles of 16-bit numbers in shared memory and in the fragments of mma.m16n8k16.
 //
-// In shared memory a row of D numbers is D / 8 chunks of 16 bytes, chunk c of row r standing at c ^ flip(r), so that the
-// eight rows that one ldmatrix reads lie in eight different groups of banks.
+// In shared memory a row of D numbers is D / 8 chunks of 16 bytes, chunk c of row r standing at c ^ flip(r), so that
+// the eight rows that one ldmatrix reads lie in eight different groups of banks.
 //
 // A fragment of 16 rows and 8 N columns is float x[N][4]: with g = lane / 4 and t = lane % 4,
 //
@@ -22,7 +22,7 @@ namespace attnfuse::sm80 {
 // Chunks change places within groups of so many. Where rows are shorter than the 128 bytes that the banks span, or no
 // multiple of them, several rows share those, and flip together.
 template <int D>
-constexpr int kFlipGroup = D / 8 % 8 == 0 ? 8 : D / 8 < 8 ? D / 8 : 4;
+constexpr int kFlipGroup = D % 64 == 0 ? 8 : (D < 64 ? D / 8 : 4);
 
 template <int D>
 __device__ __forceinline__ int flip(int row) {
@@ -50,7 +50,8 @@ __device__ __forceinline__ T* head_base(const Rows& x, int b, int h) {
 // Rows first .. first + ROWS of x (., dim) into a tile (ROWS, D): zeros right of dim and in rows not valid(row), which
 // are not read. Lands with the group it is committed to.
 template <int ROWS, int D, int THREADS, typename T, typename Valid>
-__device__ __forceinline__ void load_tile(SharedAddress tile, const Rows& x, int b, int h, int first, int dim, Valid valid) {
+__device__ __forceinline__ void load_tile(
+    SharedAddress tile, const Rows& x, int b, int h, int first, int dim, Valid valid) {
     constexpr int kChunks = D / 8;
     const T* base = head_base<const T>(x, b, h);
     const int thread = recomputed(thread_index());
@@ -77,7 +78,8 @@ __device__ __forceinline__ void load_tile(SharedAddress tile, const Rows& x, int
 
 // acc (16 M, 8 N) += A B^T of two tiles whose rows are K_DIM long: A's rows from a_row on, B's from b_row on.
 template <typename T, int M, int N, int K_DIM>
-__device__ __forceinline__ void multiply_rows(float (&acc)[M][N][4], SharedAddress a, int a_row, SharedAddress b, int b_row) {
+__device__ __forceinline__ void multiply_rows(
+    float (&acc)[M][N][4], SharedAddress a, int a_row, SharedAddress b, int b_row) {
     const int lane = recomputed(lane_index());
     const SharedAddress a_lane = chunk_address<K_DIM>(a, a_row + lane % 16, lane / 16);
     const SharedAddress b_lane = chunk_address<K_DIM>(b, b_row + lane % 8 + lane / 16 * 8, lane / 8 % 2);
@@ -192,7 +194,8 @@ __device__ __forceinline__ float row_maximum(float x) {
 // which nobody reads any more: a barrier has been passed since. first is the row of `out` that the tile begins with.
 template <typename T, int M, int D>
 __device__ __forceinline__ void store_fragments(
-    const float (&x)[M][D / 8][4], SharedAddress tile, int tile_row, const Rows& out, int b, int h, int first, int limit, int dim) {
+    const float (&x)[M][D / 8][4], SharedAddress tile, int tile_row, const Rows& out, int b, int h, int first,
+    int limit, int dim) {
     constexpr int kChunks = D / 8;
     const int lane = lane_index();
 #pragma unroll
@@ -210,14 +213,18 @@ __device__ __forceinline__ void store_fragments(
         for (int at = lane; at < 16 * M * kChunks; at += 32) {
             const int row = tile_row + at / kChunks, chunk = at % kChunks;
             if (first + row < limit && chunk * 8 < dim) {
-                store_global_128(base + stride_by(first + row, out.row) + chunk * 8, load_shared_128(chunk_address<D>(tile, row, chunk)));
+                store_global_128(
+                    base + stride_by(first + row, out.row) + chunk * 8,
+                    load_shared_128(chunk_address<D>(tile, row, chunk)));
             }
         }
     } else {
         for (int at = lane; at < 16 * M * D; at += 32) {
             const int row = tile_row + at / D, d = at % D;
             if (first + row < limit && d < dim) {
-                store_global(base + stride_by(first + row, out.row) + d, T{load_shared_16(chunk_address<D>(tile, row, d / 8) + d % 8 * 2)});
+                store_global(
+                    base + stride_by(first + row, out.row) + d,
+                    T{load_shared_16(chunk_address<D>(tile, row, d / 8) + d % 8 * 2)});
             }
         }
     }
