@@ -170,7 +170,7 @@ def test_bad_epochs(tmp_path):
 def test_example_runs(own_cache):
     script = [sys.executable, "examples/av_digits.py", "--epochs", "1"]
     done = subprocess.run(
-        script, cwd=ROOT, env=_environment(own_cache), check=True, timeout=120, capture_output=True, text=True
+        script, cwd=ROOT, env=_environment(own_cache), check=True, timeout=900, capture_output=True, text=True
     )
     assert done.stdout.count("accuracy") == 3
 
