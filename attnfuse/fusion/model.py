@@ -86,7 +86,7 @@ class MultimodalTransformer(nn.Module):
         self.dims = check_dims(dims)
         if num_layers <= 0:
             raise ValueError(f"num_layers must be positive, got {num_layers}")
-        self.embed = _embeddings(self.dims, embed_dim, max_lengths)
+        self.embed = embeddings(self.dims, embed_dim, max_lengths)
         self.blocks = nn.ModuleList(
             JointBlock(
                 embed_dim,
@@ -124,7 +124,7 @@ class MultimodalTransformer(nn.Module):
         streams = [self.embed[name](view.tokens) for name, view in views.items()]
         for block in self.blocks:
             streams = block(streams, masks, presence.unbind(1))
-        tokens = _visible_only(views, [self.token_norm(x) for x in streams])
+        tokens = visible_only(views, [self.token_norm(x) for x in streams])
 
         query = self.query.expand(presence.shape[0], 1, -1)
         read, aux = self.readout(
@@ -185,7 +185,7 @@ class BottleneckFusion(nn.Module):
                 f"fusion_layer must be in 0..num_layers-1 = {num_layers - 1}, got {fusion_layer}"
             )
         self.fusion_layer = fusion_layer
-        self.embed = _embeddings(self.dims, embed_dim, max_lengths)
+        self.embed = embeddings(self.dims, embed_dim, max_lengths)
         self.bottleneck = nn.Parameter(0.02 * torch.randn(num_bottlenecks, embed_dim))
         # layers[name][depth]: every modality has a transformer of its own
         self.layers = nn.ModuleDict(
@@ -227,15 +227,15 @@ class BottleneckFusion(nn.Module):
                 streams[name], update = block(pair, [view.mask, None], [view.present, None])
                 updates.append(update)
             if updates:
-                bottleneck = _mean_over_present(torch.stack(updates, 1), presence)
+                bottleneck = mean_over_present(torch.stack(updates, 1), presence)
 
-        tokens = _visible_only(views, [self.norms[name](x) for name, x in streams.items()])
+        tokens = visible_only(views, [self.norms[name](x) for name, x in streams.items()])
         pooled = [masked_mean(tokens[name], view.visible) for name, view in views.items()]
-        fused = _mean_over_present(torch.stack(pooled, 1), presence)
+        fused = mean_over_present(torch.stack(pooled, 1), presence)
         return FusionOutput(fused=fused, per_modality=tokens)
 
 
-def _embeddings(dims: dict[str, int], embed_dim: int, max_lengths: Mapping[str, int] | None) -> nn.ModuleDict:
+def embeddings(dims: dict[str, int], embed_dim: int, max_lengths: Mapping[str, int] | None) -> nn.ModuleDict:
     lengths = {} if max_lengths is None else check_dims(max_lengths, "max_lengths") if max_lengths else {}
     unknown = [name for name in lengths if name not in dims]
     if unknown:
@@ -245,7 +245,7 @@ def _embeddings(dims: dict[str, int], embed_dim: int, max_lengths: Mapping[str, 
     )
 
 
-def _visible_only(views: Mapping[str, Modality], streams: list[Tensor]) -> dict[str, Tensor]:
+def visible_only(views: Mapping[str, Modality], streams: list[Tensor]) -> dict[str, Tensor]:
     """Tokens by name, 0 where padded or absent: past this point nobody can read a row that means nothing."""
     return {
         name: x.masked_fill(~view.visible[..., None], 0.0)
@@ -253,7 +253,7 @@ def _visible_only(views: Mapping[str, Modality], streams: list[Tensor]) -> dict[
     }
 
 
-def _mean_over_present(stacked: Tensor, presence: Tensor) -> Tensor:
+def mean_over_present(stacked: Tensor, presence: Tensor) -> Tensor:
     """(B, S, ..., E), (B, S) -> (B, ..., E): the mean over present modalities, 0 where there are none."""
     shape = presence.shape + (1,) * (stacked.dim() - 2)
     count = presence.sum(1).clamp_min(1).view(-1, *(1,) * (stacked.dim() - 2))

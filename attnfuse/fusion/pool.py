@@ -1,0 +1,102 @@
+"""Pooling by attention: a few learned queries read the tokens of all modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from attnfuse.fusion.output import FusionOutput
+from attnfuse.nn.layers import MultiSourceCrossAttention
+from attnfuse.nn.modalities import check_dims, gather_modalities, presence_matrix
+from attnfuse.problem import AuxRequest
+
+
+class AttentionPoolFusion(nn.Module):
+    """Learned queries attend to the tokens of every modality at once; what they read is the representation.
+
+        y_s   = norm_s(x_s·P_s)
+        r_k   = norm(attention(query_k -> y_1, ..., y_S))         one softmax over all modalities
+        fused = mean over k of r_k
+
+    Pooling by multi-head attention of Lee, Lee, Kim, Kosiorek, Choi and Teh, 2019, "Set Transformer", less its
+    residual of the query and its feed-forward part, over a list of sources that are never concatenated. Each
+    modality is normalised on its own first: sharing one softmax, they should not compete by the scale of their
+    features.
+
+    fused is (B, embed_dim) whatever num_queries is, so that the number can be tuned without touching what
+    follows: each query may look for something else, and the norm, taken before the mean, makes this more than
+    one query with more heads. To keep the queries apart as tokens, use a resampler.
+
+    Args:
+        dims: modality name -> feature size; the order of the dict is the order of `present`.
+        embed_dim: size E of the common width and of the result.
+        num_heads: query heads.
+        num_queries: K.
+        num_kv_heads, dropout, qk_norm, backend: as `attnfuse.nn.MultiSourceCrossAttention`.
+
+    forward(inputs, mask=None, present=None) -> FusionOutput(fused, per_modality, source_mass):
+        inputs  name -> (B, N, d), or (B, d), which is one token
+        mask    name -> (B, N) bool, True = real token, or (B,) integer lengths
+        present (B, S) bool, or name -> (B,) bool
+        fused (B, E); per_modality name -> y_s (B, N, E), 0 where absent or padded; source_mass (B, S), mean
+        over heads and queries.
+    All absent: fused is a learned constant, the same for every such sample, and source_mass is 0.
+    Raises TypeError or ValueError naming the argument.
+    """
+
+    def __init__(
+        self,
+        dims: Mapping[str, int],
+        embed_dim: int,
+        num_heads: int,
+        num_queries: int = 1,
+        *,
+        num_kv_heads: int | None = None,
+        dropout: float = 0.0,
+        qk_norm: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.dims = check_dims(dims)
+        if num_queries <= 0:
+            raise ValueError(f"num_queries must be positive, got {num_queries}")
+        # first, because it checks the sizes it shares with what follows
+        self.attention = MultiSourceCrossAttention(
+            embed_dim,
+            num_heads,
+            dict.fromkeys(self.dims, embed_dim),
+            num_kv_heads=num_kv_heads,
+            dropout=dropout,
+            qk_norm=qk_norm,
+            backend=backend,
+        )
+        self.embed = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.Linear(dim, embed_dim), nn.LayerNorm(embed_dim))
+                for name, dim in self.dims.items()
+            }
+        )
+        # as large as the tokens, which are normalised: queries that start near 0 would all read the same mean
+        self.queries = nn.Parameter(torch.randn(num_queries, embed_dim))
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(
+        self,
+        inputs: Mapping[str, Tensor],
+        mask: Mapping[str, Tensor | None] | None = None,
+        present: Tensor | Mapping[str, Tensor] | None = None,
+    ) -> FusionOutput:
+        views = gather_modalities(inputs, self.dims, mask, present)
+        presence = presence_matrix(views)
+        # Padded rows are 0 again after the bias of P_s and the norm, and carry no gradient into either.
+        tokens = {
+            name: self.embed[name](view.tokens).masked_fill(~view.visible[..., None], 0.0)
+            for name, view in views.items()
+        }
+        masks = {name: view.mask for name, view in views.items()}
+        queries = self.queries.expand(presence.shape[0], -1, -1)
+        read, aux = self.attention(queries, tokens, masks, presence, AuxRequest(source_mass=True))
+        fused = self.norm(read).mean(1)
+        return FusionOutput(fused=fused, per_modality=tokens, source_mass=aux.source_mass.mean((1, 2)))
