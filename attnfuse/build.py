@@ -19,6 +19,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path
 
 CSRC = (Path(__file__).parent / "csrc").resolve()
@@ -215,13 +216,13 @@ def sanitizer_preload(sanitize: str) -> str:
     return " ".join(found)
 
 
-def emulation_dir(version: str) -> Path:
-    """Where the emulation is built: in a checkout its build folder, else the user's cache."""
+def emulation_dir() -> Path:
+    """Where the emulation is built: in a checkout its build folder, else in the user's cache, for each installation."""
     checkout = CSRC.parent
     if (checkout / "setup.py").exists() and os.access(checkout, os.W_OK):
         return checkout / "build" / "emulation"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "attnfuse" / f"emulation-{version}"
+    return Path(cache) / "attnfuse" / f"emulation-{sha256(str(CSRC).encode()).hexdigest()[:12]}"
 
 
 def _host_objects(ninja: _NinjaFile, sources_dir: Path, flags: list[str], module: str, names: str) -> list[str]:

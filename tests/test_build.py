@@ -337,11 +337,14 @@ print([name for name in ("torch", "attnfuse", "ninja", "pybind11") if name in sy
 
 
 def test_the_emulation_is_built_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tmp_path / "cache" / "attnfuse" / "emulation-1.2.3"
+    cache = tmp_path / "cache" / "attnfuse"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert build.emulation_dir("1.2.3") == ROOT / "build" / "emulation"
+    assert build.emulation_dir() == ROOT / "build" / "emulation"
     with monkeypatch.context() as read_only:
         read_only.setattr(os, "access", lambda path, mode: False)
-        assert build.emulation_dir("1.2.3") == cache
+        unwritable = build.emulation_dir()
     monkeypatch.setattr(build, "CSRC", tmp_path / "site-packages" / "attnfuse" / "csrc")
-    assert build.emulation_dir("1.2.3") == cache
+    installed = build.emulation_dir()
+    assert unwritable.parent == installed.parent == cache
+    assert unwritable != installed  # two installations do not build over each other
+    assert build.emulation_dir() == installed

@@ -229,10 +229,8 @@ def extension() -> Any:
 @lru_cache
 def emulation() -> Any:
     """The kernels compiled for the host, which happens here the first time and after a change."""
-    from .. import __version__
-
     ready = os.environ.get("ATTNFUSE_EMULATE_MODULE")
-    path = Path(ready) if ready else build.build_emulation(build.emulation_dir(__version__), quiet=True)
+    path = Path(ready) if ready else build.build_emulation(build.emulation_dir(), quiet=True)
     spec = importlib.util.spec_from_file_location("attnfuse._emulated", path)
     assert spec is not None and spec.loader is not None
     flags = sys.getdlopenflags()
