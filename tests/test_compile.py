@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import attnfuse
-from attnfuse import AuxRequest, Source
+from attnfuse import AuxRequest, Source, build
+from attnfuse.backends import cuda as cuda_backend
 
 LENGTHS = torch.tensor([7, 3])
 PRESENT = torch.tensor([True, False])
@@ -29,6 +30,11 @@ def triton(q, k, v, bias):
     return attnfuse.attention(q, k, v, softcap=3.0, sinks=bias, enable_gqa=True, backend="triton").sin().sum()
 
 
+def cuda(q, k, v, bias):
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    return attnfuse.attention(q, k, v, softcap=3.0, sinks=bias, enable_gqa=True, backend="cuda").float().sin().sum()
+
+
 def decoupled(q, k, v, bias):
     return attnfuse.multi_source_attention(
         q, [Source(k, v), Source(k, v)], enable_gqa=True, normalization="per_source", source_weights=bias[:2]
@@ -46,8 +52,15 @@ def inputs():
     return [torch.randn(*shape, generator=generator, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("function", [several, causal, windowed, triton, decoupled, packed], ids=lambda f: f.__name__)
-def test_compiled_equals_eager(function):
+FUNCTIONS = [several, causal, windowed, triton, cuda, decoupled, packed]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_compiled_equals_eager(function, monkeypatch):
+    if function is cuda:
+        if not torch.cuda.is_available() and build.why_no_emulation() is not None:
+            pytest.skip(str(build.why_no_emulation()))
+        monkeypatch.setenv("ATTNFUSE_EMULATE", "1")
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     given = inputs()
     eager, traced = function(*given), compiled(*given)
@@ -104,3 +117,17 @@ def test_export_round_trip():
     given = tuple(x.detach() for x in inputs()[:3])
     exported = torch.export.export(Model(), given)
     torch.testing.assert_close(exported.module()(*given), Model()(*given))
+
+
+def test_what_the_cuda_backend_asks_of_the_machine_does_not_break_the_graph(monkeypatch):
+    """On a GPU it is the first to be asked: files are looked for, an extension is imported, a card is read."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    cuda_backend._capability.cache_clear()
+
+    def asked(x):
+        reasons = (cuda_backend.available(), cuda_backend._no_extension(), cuda_backend._too_old(0))
+        return x + 1, reasons
+
+    _, reasons = torch.compile(asked, backend="eager", fullgraph=True)(torch.zeros(2))
+    cuda_backend._capability.cache_clear()
+    assert reasons[2] == "the CUDA kernels need compute capability 8.0, device 0 has 7.5"

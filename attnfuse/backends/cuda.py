@@ -29,6 +29,7 @@ MAX_SOURCES = 8
 _NO_ROWS = (0, 0, 0, 0, 0)
 
 
+@torch.compiler.assume_constant_result  # looks at files, which torch.compile cannot trace
 def available() -> str | None:
     """Why the backend cannot run on this machine at all; None if it can."""
     if not _emulating():
@@ -59,12 +60,7 @@ def rejects(problem: Problem) -> str | None:
     if query.device.type == "cpu":
         return None if _emulating() else "the tensors are on the CPU, and ATTNFUSE_EMULATE=1 is not set"
     missing = _no_extension()
-    if missing is not None:
-        return f"the tensors are on {query.device}, and {missing}"
-    major, minor = _capability(query.device)
-    if major < 8:
-        return f"the CUDA kernels need compute capability 8.0, {query.device} has {major}.{minor}"
-    return None
+    return f"the tensors are on {query.device}, and {missing}" if missing is not None else _too_old(query.device.index)
 
 
 def describe(problem: Problem) -> str:
@@ -257,14 +253,21 @@ def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "there is no GPU here, and ATTNFUSE_EMULATE=1 is not set"
 
 
+@torch.compiler.assume_constant_result
 def _no_extension() -> str | None:
     missing = missing_extension()
     return None if missing is None else f"the CUDA extension is {missing}"
 
 
 @lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _too_old(device: int) -> str | None:
+    major, minor = _capability(device)
+    return None if major >= 8 else f"the CUDA kernels need compute capability 8.0, device {device} has {major}.{minor}"
 
 
 def _stream(x: Tensor) -> int:
