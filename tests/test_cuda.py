@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import attnfuse
 from attnfuse import Source, build, dispatch, testing
@@ -58,29 +60,29 @@ def case(name: str) -> testing.Case:
     return found
 
 
-def check(given: testing.Case, dtype: torch.dtype) -> None:
-    for result in testing.judge(given, "cuda", dtype, DEVICE):
-        assert result.passed, f"{given} {result.quantity}: error {result.error:.3g} over {result.budget:.3g}"
+def check(one: testing.Case, dtype: torch.dtype) -> None:
+    for result in testing.judge(one, "cuda", dtype, DEVICE):
+        assert result.passed, f"{one} {result.quantity}: error {result.error:.3g} over {result.budget:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("given", CASES, ids=str)
-def test_conformance(given: testing.Case, dtype: torch.dtype) -> None:
-    assert testing.serves(given, "cuda", dtype, DEVICE) is None
-    check(given, dtype)
+@pytest.mark.parametrize("one", CASES, ids=str)
+def test_conformance(one: testing.Case, dtype: torch.dtype) -> None:
+    assert testing.serves(one, "cuda", dtype, DEVICE) is None
+    check(one, dtype)
 
 
-@pytest.mark.parametrize("given", CASES, ids=str)
-def test_conformance_when_deterministic(given: testing.Case, deterministic: None) -> None:
-    check(given, torch.bfloat16)
+@pytest.mark.parametrize("one", CASES, ids=str)
+def test_conformance_when_deterministic(one: testing.Case, deterministic: None) -> None:
+    check(one, torch.bfloat16)
 
 
 @emulated_only
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_conformance_in_another_order_of_threads(seed: int, machine: Any) -> None:
     machine.set_seed(seed)
-    for given in CASES:
-        check(given, DTYPES[seed % 2])
+    for one in CASES:
+        check(one, DTYPES[seed % 2])
 
 
 @emulated_only
@@ -110,6 +112,49 @@ def test_deterministic_means_the_same_bits(name: str, deterministic: None, reque
         results.append(testing.run(case(name), "cuda", torch.bfloat16, DEVICE))
     for quantity, x in results[0].items():
         assert torch.equal(x, results[1][quantity]), quantity
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> testing.Case:
+    """Sizes on both sides of every tile's edges, and every feature the kernels serve."""
+    batch = draw(st.integers(1, 2))
+    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]))
+    side = st.sampled_from([-1, 0, 5, 40, 90])
+
+    def source() -> testing.SourceCase:
+        length = draw(st.sampled_from([0, 1, 30, 47, 48, 49, 64, 65, 128, 130, 200]))
+        return testing.SourceCase(
+            length,
+            lengths=draw(st.none() | st.tuples(*[st.integers(0, length)] * batch)),
+            holes=length > 2 and draw(st.booleans()),
+            present=draw(st.none() | st.tuples(*[st.booleans()] * batch)),
+            bias=draw(st.booleans()),
+            causal=draw(st.booleans()),
+            offset=draw(st.sampled_from([0, 0, -70, -3, 20, 90])),
+            window=draw(st.just((-1, -1)) | st.tuples(side, side)),
+        )
+
+    return testing.Case(
+        "drawn", str(draw(st.integers(0, 9))), tuple(source() for _ in range(draw(st.integers(1, 3)))),
+        batch=batch, heads=heads, kv_heads=kv_heads,
+        rows=draw(st.sampled_from([1, 5, 64, 65, 129, 150])),
+        dim=draw(st.sampled_from([8, 20, 33, 64, 72, 96, 100, 128, 160])),
+        value_dim=draw(st.sampled_from([None, 16, 50, 64])),
+        scale=draw(st.sampled_from([None, None, -0.1, 0.0, 0.3])),
+        softcap=draw(st.sampled_from([0.0, 5.0])), sinks=draw(st.booleans()), aux=draw(st.booleans()),
+        rows_first=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(problems(), st.sampled_from(DTYPES), st.booleans())
+def test_any_problem_is_within_the_budget(drawn: testing.Case, dtype: torch.dtype, is_deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        check(drawn, dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_what_is_refused_and_why() -> None:

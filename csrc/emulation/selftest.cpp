@@ -695,7 +695,7 @@ void check_global() {
 void check_launches() {
     expect_error([] { start(kernel_indices, 1, 32, 163 * 1024 + 1); }, {"166913 bytes of shared memory", "166912"});
     emulation::set_shared_memory_limit(100);
-    expect(shared_memory_limit() == 100, "the limit that was set");
+    expect(shared_memory_limit(0) == 100, "the limit that was set");
     expect_error([] { start(kernel_indices, 1, 32, 101); }, {"asks for 101 bytes", "has 100"});
     emulation::set_shared_memory_limit(163 * 1024);
     expect_error([] { start(kernel_indices, 1, 33, 0); }, {"a multiple of 32, not 33"});
