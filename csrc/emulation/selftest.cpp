@@ -1,5 +1,7 @@
 // The emulated machine tested by small kernels: each layout against plain loops, each report by a kernel that earns it.
 // Prints a line a check, exits with 1 if any failed.
+// Reports are compared with the lines they must name, so nothing may move a statement to another line.
+// clang-format off
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -134,9 +136,8 @@ void check_ldmatrix() {
         for (int m = 0; m < 4; ++m) {
             const int t = lane % 4, g = lane / 4;
             expect(out[lane * 8 + m] == (number(m, g, 2 * t) | number(m, g, 2 * t + 1) << 16), "ldmatrix's layout");
-            expect(
-                out[lane * 8 + 4 + m] == (number(m, 2 * t, g) | number(m, 2 * t + 1, g) << 16),
-                "ldmatrix_trans's layout");
+            expect(out[lane * 8 + 4 + m] == (number(m, 2 * t, g) | number(m, 2 * t + 1, g) << 16),
+                   "ldmatrix_trans's layout");
         }
     }
 }
@@ -200,9 +201,8 @@ void check_format(float largest, float past_largest) {
 }
 
 void check_functions() {
-    expect(
-        exp2_approx(-infinity()) == 0.0f && exp2_approx(-127.0f) == 0.0f && exp2_approx(-126.0f) == 0x1p-126f,
-        "exp2 to flush subnormal numbers");
+    expect(exp2_approx(-infinity()) == 0.0f && exp2_approx(-127.0f) == 0.0f && exp2_approx(-126.0f) == 0x1p-126f,
+           "exp2 to flush subnormal numbers");
     expect(exp2_approx(3.0f) == 8.0f && exp2_approx(1e-40f) == 1.0f, "powers of two");
     expect(std::isnan(exp2_approx(NAN)) && maximum(NAN, 2.0f) == 2.0f && maximum(2.0f, NAN) == 2.0f, "NaN's rules");
     expect(multiply_add(0x1.000002p0f, 0x1.000002p0f, -0x1.000004p0f) == 0x1p-46f, "a fused multiply-add");
@@ -274,8 +274,8 @@ __global__ void kernel_uninitialised(Buffers buffers) {
     float low, high;
     load_shared_pair(low, high, shared_base() + thread_index() * 8);
     const uint32_t half = load_shared_16(shared_base() + thread_index() * 2);
-    const bool nan =
-        std::isnan(low) && std::isnan(high) && std::isnan(unpack<bf16>(half).low) && std::isnan(unpack<fp16>(half).low);
+    const bool nan = std::isnan(low) && std::isnan(high) && std::isnan(unpack<bf16>(half).low) &&
+                     std::isnan(unpack<fp16>(half).low);
     store_global(static_cast<int*>(buffers.out) + block_index() * 32 + thread_index(), static_cast<int>(nan));
     barrier();
     store_shared_32(shared_base() + thread_index() * 4, 0);
@@ -360,12 +360,12 @@ void check_too_early() {
     const auto launched = [&](int choice) {
         return [&in, choice] { start(kernel_too_early, 1, 64, 64, {&in, nullptr, choice}); };
     };
-    expect_error(
-        launched(0),
-        {"block 0, thread 40 at " + line(kCopyLine + 10), "reads", "byte 16", "in flight", "thread 0", began});
-    expect_error(
-        launched(1), {"block 0, thread 40 at " + line(kCopyLine + 12), "writes", "in flight", "thread 0", began});
-    expect_error(launched(2), {"block 0, thread 0 at " + line(kCopyLine + 14), "copy", "in flight", "thread 0", began});
+    expect_error(launched(0), {"block 0, thread 40 at " + line(kCopyLine + 10), "reads", "byte 16", "in flight",
+                               "thread 0", began});
+    expect_error(launched(1), {"block 0, thread 40 at " + line(kCopyLine + 12), "writes", "in flight", "thread 0",
+                               began});
+    expect_error(launched(2), {"block 0, thread 0 at " + line(kCopyLine + 14), "copy", "in flight", "thread 0",
+                               began});
     expect_error(launched(3), {"block 0, thread 0 returned with copies in flight", line(kCopyLine + 2)});
 }
 
@@ -473,18 +473,17 @@ void check_more_races() {
     const auto both_write = [] { start(kernel_write_race, 1, 64, 128); };
     expect(some_seed_reports(both_write, "written by thread 3" + write, "written by thread 40" + write), "two writes");
     expect(some_seed_reports(both_write, "written by thread 40" + write, "written by thread 3" + write), "two writes");
-    expect_error(
-        [] { start(kernel_matrix_race, 1, 64, 256, {nullptr, nullptr, 0}); },
-        {"race in block 0 on shared memory at byte 64: read by thread", line(kMatrixLine),
-         "written by thread 7 at " + line(kMatrixLine + 6)});
+    expect_error([] { start(kernel_matrix_race, 1, 64, 256, {nullptr, nullptr, 0}); },
+                 {"race in block 0 on shared memory at byte 64: read by thread", line(kMatrixLine),
+                  "written by thread 7 at " + line(kMatrixLine + 6)});
     start(kernel_matrix_race, 1, 64, 256, {nullptr, nullptr, 1});
     const Words4 in{};
-    expect_error(
-        [&] { start(kernel_async_race, 1, 32, 128, {&in}); },
-        {"byte 64: read by thread 0 at " + line(kAsyncLine), "written by thread 1 at " + line(kAsyncLine + 4)});
-    expect_error(
-        [&] { start(kernel_landed_race, 1, 32, 128, {&in}); },
-        {"byte 64: written by thread 1 at " + line(kLandedLine), "read by thread 2 at " + line(kLandedLine + 6)});
+    expect_error([&] { start(kernel_async_race, 1, 32, 128, {&in}); },
+                 {"byte 64: read by thread 0 at " + line(kAsyncLine),
+                  "written by thread 1 at " + line(kAsyncLine + 4)});
+    expect_error([&] { start(kernel_landed_race, 1, 32, 128, {&in}); },
+                 {"byte 64: written by thread 1 at " + line(kLandedLine),
+                  "read by thread 2 at " + line(kLandedLine + 6)});
 }
 
 // Bad addresses.
@@ -494,35 +493,16 @@ __global__ void kernel_address(Buffers buffers) {
     uint32_t fragment[4];
     const SharedAddress base = shared_base();
     switch (buffers.choice) {
-        case 0:
-            load_shared_128(base + 96);
-            break;
-        case 1:
-            store_shared_32(0, 1);
-            break;
-        case 2:
-            ldmatrix_x4(fragment, base + 8);
-            break;
-        case 3:
-            load_shared_16(base + 1);
-            break;
-        case 4:
-            store_shared_32(base + 2, 0);
-            break;
-        case 5:
-            cp_async_16(base + 80, buffers.in, true);
-            break;
-        case 6:
-            cp_async_16(base, static_cast<const char*>(buffers.in) + 4, true);
-            break;
-        case 7:
-            load_global(reinterpret_cast<const float*>(static_cast<const char*>(buffers.in) + 2));
-            break;
-        case 8:
-            store_global_128(static_cast<char*>(buffers.out) + 8, {});
-            break;
-        default:
-            break;
+        case 0: load_shared_128(base + 96); break;
+        case 1: store_shared_32(0, 1); break;
+        case 2: ldmatrix_x4(fragment, base + 8); break;
+        case 3: load_shared_16(base + 1); break;
+        case 4: store_shared_32(base + 2, 0); break;
+        case 5: cp_async_16(base + 80, buffers.in, true); break;
+        case 6: cp_async_16(base, static_cast<const char*>(buffers.in) + 4, true); break;
+        case 7: load_global(reinterpret_cast<const float*>(static_cast<const char*>(buffers.in) + 2)); break;
+        case 8: store_global_128(static_cast<char*>(buffers.out) + 8, {}); break;
+        default: break;
     }
 }
 
@@ -584,18 +564,16 @@ __global__ void kernel_divergent(Buffers buffers) {
 
 void check_meetings() {
     for (int blocks : {1, 7}) {
-        expect_error(
-            [&] { start(kernel_deadlock, blocks, 128, 0); },
-            {"deadlock in block ",
-             ": threads 0-31 and 64-127 wait at barrier " + line(kBarrierLine) + "; threads 32-63 have returned"});
+        expect_error([&] { start(kernel_deadlock, blocks, 128, 0); },
+                     {"deadlock in block ", ": threads 0-31 and 64-127 wait at barrier " + line(kBarrierLine) +
+                                                "; threads 32-63 have returned"});
     }
-    expect_error(
-        [] { start(kernel_lane_missing, 1, 32, 0); },
-        {"deadlock in block 0: threads 0-8 and 10-31 wait at ballot " + line(kVoteLine) + "; thread 9 has returned"});
-    expect_error(
-        [] { start(kernel_two_barriers, 1, 64, 0); },
-        {"block 0 meets in different barriers: threads 0-31 wait at barrier " + line(kPlacesLine) +
-         "; threads 32-63 wait at barrier " + line(kPlacesLine + 2)});
+    expect_error([] { start(kernel_lane_missing, 1, 32, 0); },
+                 {"deadlock in block 0: threads 0-8 and 10-31 wait at ballot " + line(kVoteLine) +
+                  "; thread 9 has returned"});
+    expect_error([] { start(kernel_two_barriers, 1, 64, 0); },
+                 {"block 0 meets in different barriers: threads 0-31 wait at barrier " + line(kPlacesLine) +
+                  "; threads 32-63 wait at barrier " + line(kPlacesLine + 2)});
     for (int choice : {0, 1}) {
         std::vector<std::string> places = {"block 0, thread ", " calls ", " while thread ", " of its warp waits at "};
         const auto action = [choice] { start(kernel_divergent, 1, 32, 0, {nullptr, nullptr, choice}); };
@@ -618,26 +596,13 @@ __global__ void kernel_global(Buffers buffers) {
     float* const out = static_cast<float*>(buffers.out);
     const int thread = block_index() * 32 + thread_index();
     switch (buffers.choice) {
-        case 0:
-            store_global(out + thread / 2, 1.0f);
-            break;
-        case 1:
-            store_global(out + thread % 32, 1.0f);
-            break;
-        case 2:
-            thread == 0 ? store_global(out, 1.0f) : add_global(out, 1.0f);
-            break;
-        case 3:
-            thread == 0 ? store_global(out, 1.0f) : load_if(thread == 40, out);
-            break;
-        case 4:
-            thread == 0 ? store_global(out, 1.0f) : load_if(thread == 1, out);
-            break;
-        case 5:
-            thread == 0 ? store_global_128(out, {}) : load_if(thread == 33, out + 3);
-            break;
-        default:
-            break;
+        case 0: store_global(out + thread / 2, 1.0f); break;
+        case 1: store_global(out + thread % 32, 1.0f); break;
+        case 2: thread == 0 ? store_global(out, 1.0f) : add_global(out, 1.0f); break;
+        case 3: thread == 0 ? store_global(out, 1.0f) : load_if(thread == 40, out); break;
+        case 4: thread == 0 ? store_global(out, 1.0f) : load_if(thread == 1, out); break;
+        case 5: thread == 0 ? store_global_128(out, {}) : load_if(thread == 33, out + 3); break;
+        default: break;
     }
 }
 
