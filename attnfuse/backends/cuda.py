@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import build
-from ..problem import UNBOUNDED, BoundSource, Gradients, Problem, empty_output
-from .rows import empty_rows, exact_delta, on_device_of, sinks_gradient
+from ..problem import UNBOUNDED, BoundSource, Gradients, Problem
+from .rows import empty_results, empty_rows, exact_delta, on_device_of, sinks_gradient
 
 # As csrc/attention.h has them.
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -78,11 +78,7 @@ def describe(problem: Problem) -> str:
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, Hq, Nq, Dv), lse (B, Hq, Nq) float32 and mass (B, Hq, Nq, S) float32, or (0,) if not wanted."""
     query = problem.query
-    batch, heads, rows, _ = query.shape
-    out = empty_output(problem)
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device)
-    mass_shape = (batch, heads, rows, len(problem.sources)) if problem.want_mass else (0,)
-    mass = torch.empty(mass_shape, dtype=torch.float32, device=query.device)
+    out, lse, mass = empty_results(problem)
     if lse.numel() == 0:
         return out, lse, mass
     module = _module(problem)

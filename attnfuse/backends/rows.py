@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Problem, empty_output
 
 
 def on_device_of(x: Tensor) -> torch.cuda.device:
     """The device a kernel is launched on; -1 leaves it as it is."""
     return torch.cuda.device(x.device if x.device.type == "cuda" else -1)
+
+
+def empty_results(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised out (B, Hq, Nq, Dv), lse (B, Hq, Nq) and mass (B, Hq, Nq, S), or (0,) if it is not wanted."""
+    query = problem.query
+    mass_shape = (*query.shape[:3], len(problem.sources)) if problem.want_mass else (0,)
+    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+    return empty_output(problem), lse, torch.empty(mass_shape, dtype=torch.float32, device=query.device)
 
 
 def empty_rows(x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import UNBOUNDED, BoundSource, Gradients, Problem, empty_output
-from .rows import empty_rows, exact_delta, on_device_of, sinks_gradient
+from ..problem import UNBOUNDED, BoundSource, Gradients, Problem
+from .rows import empty_results, empty_rows, exact_delta, on_device_of, sinks_gradient
 
 # Wider than any sequence, and far from where int32 sums of positions would wrap.
 _WIDEST = 2**29
@@ -58,10 +58,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
     query = problem.query
     batch, heads, rows, _ = query.shape
-    out = empty_output(problem)
-    lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=query.device)
-    mass_shape = (batch, heads, rows, len(problem.sources)) if problem.want_mass else (0,)
-    mass = torch.empty(mass_shape, dtype=torch.float32, device=query.device)
+    out, lse, mass = empty_results(problem)
     if lse.numel() == 0:
         return out, lse, mass
     t = _tile(problem, "fwd")
