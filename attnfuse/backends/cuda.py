@@ -11,10 +11,10 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,19 @@ from .rows import empty_results, empty_rows, exact_delta, on_device_of, sinks_gr
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_SOURCES = 8
 _NO_ROWS = (0, 0, 0, 0, 0)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-@torch.compiler.assume_constant_result  # looks at files, which torch.compile cannot trace
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compiler.assume_constant_result by the mark it sets: it would import torch._dynamo, and that triton.
+
+    Triton decides on import whether it interprets; a caller may set TRITON_INTERPRET after importing this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled  # looks at files, which torch.compile cannot trace
 def available() -> str | None:
     """Why the backend cannot run on this machine at all; None if it can."""
     if not _emulating():
@@ -249,7 +259,7 @@ def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "there is no GPU here, and ATTNFUSE_EMULATE=1 is not set"
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _no_extension() -> str | None:
     missing = missing_extension()
     return None if missing is None else f"the CUDA extension is {missing}"
@@ -260,7 +270,7 @@ def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _too_old(device: int) -> str | None:
     major, minor = _capability(device)
     return None if major >= 8 else f"the CUDA kernels need compute capability 8.0, device {device} has {major}.{minor}"
