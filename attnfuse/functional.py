@@ -40,7 +40,7 @@ def attention(
         query: (B, Hq, Nq, D), any float dtype, D up to 256; ranks other than 4 as torch takes them.
         key, value: (B, Hkv, Ns, D) and (B, Hkv, Ns, Dv), same dtype and device as query.
         attn_mask: broadcastable to (B, Hq, Nq, Ns); bool (True = attend), additive float, or torch's CausalBias.
-        dropout_p: probability in [0, 1) that an attention weight is dropped (Philox, reproducible by torch's seed).
+        dropout_p: probability in [0, 1] that an attention weight is dropped (Philox, reproducible by torch's seed).
         is_causal: row i attends to columns j <= i, from the upper left; not together with attn_mask.
         scale: multiplies Q K^T; 1/sqrt(D) if None.
         enable_gqa: lets Hkv be a divisor of Hq.

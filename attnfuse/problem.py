@@ -272,8 +272,8 @@ def check_query(query: Tensor) -> None:
 
 
 def check_scalars(dropout_p: float, scale: float | None, softcap: float | None) -> None:
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p!r}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):

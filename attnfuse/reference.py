@@ -52,7 +52,8 @@ def forward(problem: Problem, *, rounded: bool = False) -> tuple[Tensor, Tensor,
     for source, weights, m in zip(problem.sources, p, seen):
         if problem.dropout_p > 0:
             kept = philox_keep(problem, source)
-            weights = torch.where(kept, weights / (1.0 - problem.dropout_p), 0.0)
+            # With p = 1 nothing is kept, and nothing is left to scale up.
+            weights = torch.where(kept, weights / ((1.0 - problem.dropout_p) or 1.0), 0.0)
         value = blank(expand_heads(source.value, problem), m).to(wide)
         out = out + torch.einsum("bhij,bhjd->bhid", weights.to(query.dtype).to(wide), value)
     # The select keeps a gradient that arrives at a dead row, NaN or not, from the values.

@@ -184,6 +184,16 @@ def test_dropout_repeats_with_torchs_seed_and_agrees_between_backends(qkv):
     assert not torch.equal(outs[0], attnfuse.attention(*qkv, dropout_p=0.4))
 
 
+def test_dropout_of_everything_gives_zeros(qkv):
+    """F.scaled_dot_product_attention takes a p of 1; 1 / (1 - p) must not turn its zeros into NaN."""
+    q, k, v = (x.requires_grad_() for x in qkv)
+    out = attnfuse.attention(q, k, v, dropout_p=1.0)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, dropout_p=1.0))
+    assert all(not grad.any() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+    with pytest.raises(RuntimeError, match="dropout_p must be less than 1"):
+        attnfuse.attention(q, k, v, dropout_p=1.0, backend="triton")
+
+
 def test_autocast_takes_the_autocast_dtype(qkv):
     with torch.autocast("cpu", torch.bfloat16):
         assert attnfuse.attention(*qkv).dtype == torch.bfloat16
@@ -229,9 +239,8 @@ BAD_ATTENTION = {
     "gqa": ({"key": torch.randn(B, 2, 9, D), "value": torch.randn(B, 2, 9, D)}, RuntimeError, "key"),
     "gqa heads": ({"key": torch.randn(B, 3, 9, D), "value": torch.randn(B, 3, 9, D), "enable_gqa": True},
                   RuntimeError, "multiple"),
-    "p of 1": ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
     "p over 1": ({"dropout_p": 1.5}, RuntimeError, "dropout.*1.5"),
-    "negative p": ({"dropout_p": -0.1}, Exception, r"dropout_p must be in \[0, 1\), got -0.1"),
+    "negative p": ({"dropout_p": -0.1}, Exception, r"dropout_p must be in \[0, 1\], got -0.1"),
     "mask rank": ({"attn_mask": torch.ones(9).bool()}, IndexError, "attn_mask must have 2 to 4"),
     "key_mask dtype": ({"key_mask": torch.ones(B, 9).int()}, TypeError, "key_mask"),
     "key_mask shape": ({"key_mask": torch.ones(B, 8).bool()}, ValueError, "key_mask"),

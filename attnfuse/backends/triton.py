@@ -38,6 +38,8 @@ def rejects(problem: Problem) -> str | None:
         return missing
     if problem.query.dtype == torch.float64:
         return "the Triton kernels compute in float32: float64 is not served"
+    if problem.dropout_p == 1.0:
+        return "the Triton kernels keep some weights: dropout_p must be less than 1, got 1.0"
     if problem.query.device.type == "cpu" and not _interpreted():
         return "the tensors are on the CPU, and TRITON_INTERPRET=1 is not set"
     return None
