@@ -246,6 +246,7 @@ def side_by_side(views: Views) -> tuple[Tensor, Tensor]:
 
 def of_evidence(out: FusionOutput, label: Tensor, present: Tensor) -> Tensor:
     """The loss of Han et al., 2021: of the fused evidence and of each modality's own."""
+    assert out.fused is not None and out.per_modality is not None
     alphas = [out.fused, *(1 + evidence for evidence in out.per_modality.values())]
     return torch.stack([evidential_loss(alpha, label) for alpha in alphas]).sum()
 

@@ -38,6 +38,7 @@ from attnfuse.cli.demo import (
     IMAGE_RANGE,
     INK,
     MODALITY_DROPOUT,
+    NUM_CLASSES,
     REPEATS,
     Loss,
     cross_entropy,
@@ -87,7 +88,7 @@ SETTINGS = {
     "audio leads": Setting(IMAGE_RANGE, (10.0, 20.0), IMAGE_NOISE, 15.0, IMAGE_RANGE[1], AUDIO_SNR_DB),
 }
 TESTED = (*CONDITIONS, "image drowned", "audio drowned")
-HEADINGS = {"image": "image only", "audio": "audio only"}
+HEADINGS = {"both": "image and audio", "image": "image only", "audio": "audio only"}
 
 RATES = (0.1, 0.3, 0.5)
 FACTORS = (0.1, 0.3, 1.0)
@@ -309,10 +310,10 @@ def training_table(rows: Sequence[Row]) -> str:
     for setting in distinct(rows, "setting"):
         for arm in distinct(rows, "arm"):
             of_arm = select(rows, setting=setting, arm=arm)
-            name = {"dropout": f"dropout {of_arm[0]['dropout']:g}", "balance": f"balance {of_arm[0]['balance']:g}"}
+            aids = [f"{aid} {of_arm[0][aid]:g}" for aid in ("dropout", "balance") if of_arm[0][aid]]
             means = [*accuracies(of_arm), spread([overall(row) for row in of_arm])]
             mass = spread([row["image_mass"] for row in of_arm])
-            lines.append([setting, name.get(arm, arm), *means, mass])
+            lines.append([setting, ", ".join(aids) or "neither", *means, mass])
     return markdown(["setting", "trained with", *HEADER, "mean of the five", "mass on the image"], lines)
 
 
@@ -393,25 +394,25 @@ def _number(text: str) -> float | str:
 # pictures: dots are seeds, bars their mean
 
 
-ARM_COLOURS = {"neither": "#999999", "balance": "#E69F00", "dropout": "#0072B2", "both": "#009E73"}
+ARM_COLOURS = {"neither": "#888888", "balance": "#E69F00", "dropout": "#0072B2", "both": "#009E73"}
+ARM_NAMES = {"neither": "neither", "balance": "balance loss", "dropout": "dropout", "both": "both aids"}
+SETTING_TITLES = {"even": "both are noisy", "audio leads": "audio is clear"}
+LANE = 0.19
 
 
 def _axes(figure: Any, widths: Sequence[float]) -> Any:
-    panels = figure.subplots(1, len(widths), width_ratios=widths, sharey=False)
+    """Panels side by side, in per cent."""
+    from matplotlib.ticker import MaxNLocator
+
+    panels = figure.subplots(1, len(widths), width_ratios=widths)
     for axes in panels:
         axes.set_xlim(0, 1)
-        axes.xaxis.set_major_locator(_locator())
+        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
         axes.grid(axis="x", color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
     return panels
-
-
-def _locator() -> Any:
-    from matplotlib.ticker import MultipleLocator
-
-    return MultipleLocator(0.25)
 
 
 def _dots(axes: Any, y: float, values: Sequence[float], colour: str) -> float:
@@ -422,42 +423,40 @@ def _dots(axes: Any, y: float, values: Sequence[float], colour: str) -> float:
     return middle
 
 
+def _beside(axes: Any, text: str, values: Sequence[float], y: float, colour: str, left: bool = False) -> None:
+    x, shift, align = (min(values), -6, "right") if left else (max(values), 6, "left")
+    axes.annotate(text, (x, y), (shift, 0), textcoords="offset points", ha=align, va="center", color=colour,
+                  fontsize=8, fontweight="bold")  # fmt: skip
+
+
 def draw_training(measured: dict[str, list[Row]], figure: Any) -> None:
     """A panel of accuracies for each setting, and one of the mass that each arm leaves the image."""
     rows = measured["fusion_training"]
-    settings, arms = distinct(rows, "setting"), ["neither", "balance", "dropout", "both"]
+    settings = distinct(rows, "setting")
     panels = _axes(figure, [1.0] * len(settings) + [0.62])
     for axes, setting in zip(panels, settings):
         for place, condition in enumerate(TESTED):
-            for lane, arm in enumerate(arms):
-                y = place + (lane - 1.5) * 0.19
+            for lane, (arm, colour) in enumerate(ARM_COLOURS.items()):
+                y = place + (lane - 1.5) * LANE
                 values = [row[condition] for row in select(rows, setting=setting, arm=arm)]
-                middle = _dots(axes, y, values, ARM_COLOURS[arm])
+                middle = _dots(axes, y, values, colour)
                 if condition == "image":  # where they are far apart
-                    right = middle < 0.5
-                    axes.annotate(arm, (max(values) if right else min(values), y), (6 if right else -6, 0),
-                                  textcoords="offset points", ha="left" if right else "right", va="center",
-                                  color=ARM_COLOURS[arm], fontsize=8, fontweight="bold")  # fmt: skip
+                    _beside(axes, ARM_NAMES[arm], values, y, colour, left=middle > 0.5)
         axes.set_yticks(range(len(TESTED)), HEADER)
         axes.set_ylim(len(TESTED) - 0.5, -0.5)
-        axes.axvline(0.1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.text(0.11, -0.47, "chance", fontsize=7.5, va="top")
+        axes.axvline(1 / NUM_CLASSES, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.text(1 / NUM_CLASSES + 0.01, -0.47, "chance", fontsize=7.5, va="top")
         axes.set_title(f"Accuracy, trained where {SETTING_TITLES[setting]}", fontweight="bold")
     axes = panels[-1]
     for place, setting in enumerate(settings):
-        for lane, arm in enumerate(arms):
-            y = place + (lane - 1.5) * 0.19
+        for lane, (arm, colour) in enumerate(ARM_COLOURS.items()):
+            y = place + (lane - 1.5) * LANE
             values = [row["image_mass"] for row in select(rows, setting=setting, arm=arm)]
-            _dots(axes, y, values, ARM_COLOURS[arm])
-            axes.annotate(arm, (max(values), y), (6, 0), textcoords="offset points", va="center",
-                          color=ARM_COLOURS[arm], fontsize=8)  # fmt: skip
+            _dots(axes, y, values, colour)
+            _beside(axes, ARM_NAMES[arm], values, y, colour)
     axes.set_yticks(range(len(settings)), [SETTING_TITLES[setting].replace(" ", "\n", 1) for setting in settings])
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_title("Attention mass on the image", fontweight="bold")
-
-
-SETTING_TITLES = {"even": "both are noisy", "audio leads": "audio is clear"}
-LAYER_COLOURS = {"both": COLOURS["both"], "image": COLOURS["image"], "audio": COLOURS["audio"]}
 
 
 def draw_layers(measured: dict[str, list[Row]], figure: Any) -> None:
@@ -469,12 +468,14 @@ def draw_layers(measured: dict[str, list[Row]], figure: Any) -> None:
     places = [number + 0.9 * len(set(levels[: number + 1])) for number in range(len(names))]
     for name, y in zip(names, places):
         of_layer = select(rows, layer=name)
-        for condition, colour in LAYER_COLOURS.items():
-            _dots(left, y, [row[condition] for row in of_layer], colour)
-        mass = [row["image_mass"] for row in of_layer]
-        if not math.isnan(mass[0]):
-            middle.barh(y, mean(mass), 0.62, color=COLOURS["image"])
-            middle.barh(y, 1 - mean(mass), 0.62, left=mean(mass), color=COLOURS["audio"])
+        for condition in CONDITIONS:
+            _dots(left, y, [row[condition] for row in of_layer], COLOURS[condition])
+        mass = mean(row["image_mass"] for row in of_layer)
+        if mass == 1:
+            middle.text(0.02, y, "each has all of its own", fontsize=7, va="center")
+        elif not math.isnan(mass):
+            middle.barh(y, mass, 0.62, color=COLOURS["image"])
+            middle.barh(y, 1 - mass, 0.62, left=mass, color=COLOURS["audio"])
         seconds = mean(row["cpu_seconds"] for row in of_layer)
         right.barh(y, seconds, 0.62, color="#bbbbbb")
         right.annotate(f"{seconds:.0f}", (seconds, y), (3, 0), textcoords="offset points", va="center", fontsize=7)
@@ -486,16 +487,17 @@ def draw_layers(measured: dict[str, list[Row]], figure: Any) -> None:
         left.annotate(f"{level} level" if level != "training" else "training aid", (0, y), (-4, 0), va="center",
                       xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", fontsize=8,
                       fontweight="bold")  # fmt: skip
-    top = select(rows, layer=names[0])
-    for condition, colour in LAYER_COLOURS.items():
-        x = mean(row[condition] for row in top)
-        left.annotate(HEADINGS.get(condition, condition), (x, places[0]), (0, 8), textcoords="offset points",
-                      ha="center", color=colour, fontsize=8, fontweight="bold")  # fmt: skip
+    left.set_xlim(math.floor(10 * min(row[name] for row in rows for name in CONDITIONS) - 0.1) / 10, 1)
+    top = {name: mean(row[name] for row in select(rows, layer=names[0])) for name in CONDITIONS}
+    for name, align in zip(sorted(top, key=lambda name: top[name]), ("right", "left", "left")):
+        left.text(top[name], places[0] - 0.8, HEADINGS[name], ha=align, va="center", color=COLOURS[name],
+                  fontsize=8, fontweight="bold")  # fmt: skip
     middle.annotate("image", (0.02, places[0] - 0.8), color=COLOURS["image"], fontsize=8, fontweight="bold")
     middle.annotate("audio", (0.98, places[0] - 0.8), color=COLOURS["audio"], fontsize=8, fontweight="bold", ha="right")
     longest = max(mean(row["cpu_seconds"] for row in select(rows, layer=name)) for name in names)
     right.set_xlim(0, 1.15 * longest)
     right.set_xticks([])
+    right.grid(False)
     left.set_title("Test accuracy", fontweight="bold")
     middle.set_title("Attention mass", fontweight="bold")
     right.set_title("Training, CPU s", fontweight="bold")

@@ -123,6 +123,7 @@ Loss = Callable[[FusionOutput, Tensor, Tensor], Tensor]
 
 def cross_entropy(out: FusionOutput, label: Tensor, present: Tensor) -> Tensor:
     """The loss of the fused prediction; who was present does not matter to it."""
+    assert out.logits is not None
     return nn.functional.cross_entropy(out.logits, label)
 
 
