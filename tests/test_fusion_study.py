@@ -31,8 +31,13 @@ def study(tmp_path_factory):
         import fusion_study
 
         yield fusion_study
-        for name in ("fusion_study", "fusion_layers"):
+        for name in ("fusion_study", "fusion_layers", "fusion_report"):
             sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def report(study):
+    return sys.modules["fusion_report"]
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +52,20 @@ def made(study, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CSV)
-def test_the_command_measures_writes_and_draws(study, made, name):
+def test_the_command_measures_writes_and_draws(study, report, made, name):
     folder, printed = made
     assert (folder / f"fusion_{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    rows = study.read(folder / f"{CSV[name][-1]}.csv")
+    rows = report.read(folder / f"{CSV[name][-1]}.csv")
     for row in rows:
-        assert all(0 <= row[condition] <= 1 for condition in study.TESTED)
+        assert all(0 <= row[condition] <= 1 for condition in report.TESTED)
         assert math.isnan(row["image_mass"]) or 0 < row["image_mass"] <= 1
     if name == "layers":
-        assert study.distinct(rows, "layer") == list(study.LAYERS)
+        assert report.distinct(rows, "layer") == list(study.LAYERS)
     else:
         assert [row["arm"] for row in rows] == ["neither", "dropout", "balance", "both"] * len(study.SETTINGS)
         for setting in study.SETTINGS:  # an arm that trained like another would measure nothing
-            assert len({row["image_mass"] for row in study.select(rows, setting=setting)}) == 4
-    assert all(label in printed[name] for label in study.HEADER)
+            assert len({row["image_mass"] for row in report.select(rows, setting=setting)}) == 4
+    assert all(label in printed[name] for label in report.HEADER)
 
 
 @pytest.mark.parametrize("name", CSV)
@@ -71,22 +76,22 @@ def test_tables_come_from_the_csv_alone(study, made, name, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == printed[name].strip()
 
 
-def test_nothing_is_chosen_on_the_test_split(study, made):
+def test_nothing_is_chosen_on_the_test_split(report, made):
     folder, _ = made
-    tried, tested = (study.read(folder / f"{name}.csv") for name in CSV["training"])
+    tried, tested = (report.read(folder / f"{name}.csv") for name in CSV["training"])
     assert {row["split"] for row in tried} == {"val"} and {row["split"] for row in tested} == {"test"}
     assert not {row["seed"] for row in tried} & {row["seed"] for row in tested}
 
 
-def test_the_best_on_validation_is_chosen(study):
+def test_the_best_on_validation_is_chosen(report):
     def row(arm, value, accuracy):
         aids = {"dropout": 0.0, "balance": 0.0} | ({arm: value} if arm != "neither" else {})
-        return {"setting": "even", "arm": arm} | aids | dict.fromkeys(study.TESTED, accuracy)
+        return {"setting": "even", "arm": arm} | aids | dict.fromkeys(report.TESTED, accuracy)
 
     rows = [row("neither", 0.0, 0.9)]
     rows += [row("dropout", rate, score) for rate, score in ((0.1, 0.5), (0.3, 0.7), (0.5, 0.6), (0.1, 0.8))]
     rows += [row("balance", factor, score) for factor, score in ((0.1, 0.4), (1.0, 0.3))]
-    assert study.choose(rows, "even") == (0.3, 0.1)
+    assert report.choose(rows, "even") == (0.3, 0.1)
 
 
 def test_every_fusion_layer_is_in_the_table(study):
@@ -96,10 +101,10 @@ def test_every_fusion_layer_is_in_the_table(study):
 
 
 @pytest.mark.parametrize("name", CSV)
-def test_the_tables_of_the_docs_are_those_of_the_csv(study, name):
+def test_the_tables_of_the_docs_are_those_of_the_csv(report, name):
     page = (ROOT / "docs" / "fusion_study.md").read_text()
-    measured = {csv: study.read(ROOT / "bench" / "results" / f"{csv}.csv") for csv in CSV[name]}
-    for table in study.tables(measured):
+    measured = {csv: report.read(ROOT / "bench" / "results" / f"{csv}.csv") for csv in CSV[name]}
+    for table in report.tables(measured):
         assert table in page
     assert f"fusion_{name}.png" in page and (ROOT / "docs" / f"fusion_{name}.png").stat().st_size < 200_000
 

@@ -11,7 +11,7 @@ from torch import nn
 from attnfuse.nn.layers import BranchOptions, MultiSourceCrossAttention
 
 if TYPE_CHECKING:
-    from typing import Unpack  # from Python 3.11
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class DecoupledCrossAttention(MultiSourceCrossAttention):

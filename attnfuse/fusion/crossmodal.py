@@ -17,7 +17,7 @@ from attnfuse.nn.modalities import Modality, gather_modalities, key_mask, positi
 from attnfuse.nn.transformer import CrossBlock
 
 if TYPE_CHECKING:
-    from typing import Unpack  # from Python 3.11
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class _Route(nn.Module):
@@ -153,9 +153,9 @@ class CrossmodalTransformer(ModalityFusion):
         known = embedded(self.embed, views)
         tokens = visible_only(views, [stream(name, known) for name, stream in self.streams.items()])
 
-        read, mass = read_out(self.query, self.readout, tokens, views)
+        query, read, mass = read_out(self.query, self.readout, tokens, views)
         read = read.masked_fill(~presence_matrix(views).any(1)[:, None, None], 0.0)
-        fused = self.fused_norm(self.query + read).squeeze(1)
+        fused = self.fused_norm(query + read).squeeze(1)
         return FusionOutput(fused=fused, per_modality=tokens, source_mass=mass)
 
 

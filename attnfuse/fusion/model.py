@@ -16,7 +16,7 @@ from attnfuse.nn.modalities import Modality, check_dims, masked_mean, positive, 
 from attnfuse.problem import AuxRequest
 
 if TYPE_CHECKING:
-    from typing import Unpack  # from Python 3.11
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class TokenEmbedding(nn.Module):
@@ -103,8 +103,8 @@ class MultimodalTransformer(ModalityFusion):
             streams = block(streams, masks, present)
         tokens = visible_only(views, [self.token_norm(x) for x in streams])
 
-        read, mass = read_out(self.query, self.readout, tokens, views)
-        fused = self.fused_norm(self.query + read).squeeze(1)
+        query, read, mass = read_out(self.query, self.readout, tokens, views)
+        fused = self.fused_norm(query + read).squeeze(1)
         return FusionOutput(fused=fused, per_modality=tokens, source_mass=mass)
 
 
@@ -206,13 +206,13 @@ def embedded(embed: nn.ModuleDict, views: Mapping[str, Modality]) -> dict[str, M
 
 def read_out(
     queries: Tensor, attention: MultiSourceCrossAttention, tokens: dict[str, Tensor], views: Mapping[str, Modality]
-) -> tuple[Tensor, Tensor]:
-    """What learned queries (K, E) read in all modalities, (B, K, E), and the source mass (B, S), mean over both."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Learned queries (K, E), one set a sample: they, what they read, both (B, K, E), and the source mass (B, S)."""
     presence = presence_matrix(views)
     masks = {name: view.mask for name, view in views.items()}
-    request = AuxRequest(source_mass=True)
-    read, aux = attention(queries.expand(presence.shape[0], -1, -1), tokens, masks, presence, request)
-    return read, aux.source_mass.mean((1, 2))
+    queries = queries.expand(presence.shape[0], -1, -1)
+    read, aux = attention(queries, tokens, masks, presence, AuxRequest(source_mass=True))
+    return queries, read, aux.source_mass.mean((1, 2))
 
 
 def visible_only(views: Mapping[str, Modality], streams: list[Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from attnfuse.nn.layers import AttentionOptions, MultiSourceCrossAttention
 from attnfuse.nn.modalities import Modality, positive
 
 if TYPE_CHECKING:
-    from typing import Unpack  # from Python 3.11
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class AttentionPoolFusion(ModalityFusion):
@@ -80,5 +80,5 @@ class AttentionPoolFusion(ModalityFusion):
             name: self.embed[name](view.tokens).masked_fill(~view.visible[..., None], 0.0)
             for name, view in views.items()
         }
-        read, mass = read_out(self.queries, self.attention, tokens, views)
+        _, read, mass = read_out(self.queries, self.attention, tokens, views)
         return FusionOutput(fused=self.norm(read).mean(1), per_modality=tokens, source_mass=mass)

@@ -16,7 +16,7 @@ from attnfuse.nn.modalities import Modality, positive
 from attnfuse.nn.transformer import CrossBranch, MLPBranch, SelfBranch
 
 if TYPE_CHECKING:
-    from typing import Unpack  # from Python 3.11
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class QFormerLayer(nn.Module):

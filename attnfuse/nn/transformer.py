@@ -12,7 +12,7 @@ from attnfuse.nn.modalities import Modality, presence_matrix
 from attnfuse.problem import AuxRequest
 
 if TYPE_CHECKING:
-    from typing import Unpack  # from Python 3.11
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class SelfBranch(nn.Module):
