@@ -118,6 +118,15 @@ FUSIONS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 WATCHED = "MultimodalTransformer"  # the one whose source_mass is drawn
 
 
+Loss = Callable[[FusionOutput, Tensor, Tensor], Tensor]
+
+
+def cross_entropy(out: FusionOutput, label: Tensor, present: Tensor) -> Tensor:
+    """The loss of the fused prediction; who was present does not matter to it."""
+    assert out.logits is not None
+    return nn.functional.cross_entropy(out.logits, label)
+
+
 def fit(
     model: nn.Module,
     split: Split,
@@ -126,6 +135,7 @@ def fit(
     seed: int,
     modality_dropout: float = 0.0,
     allowed: tuple[bool, bool] = (True, True),
+    loss: Loss = cross_entropy,
     on_step: Callable[[], None] = lambda: None,
 ) -> nn.Module:
     """Train and return in eval mode. Noise, batches and dropped modalities are the same for every model."""
@@ -138,9 +148,9 @@ def fit(
     for _ in range(epochs):
         for batch in split.batches(BATCH, generator):
             present = drop(torch.tensor(allowed).repeat(len(batch), 1), generator)
-            logits = model(batch.inputs, batch.mask, present).logits
+            out = model(batch.inputs, batch.mask, present)
             optimizer.zero_grad()
-            nn.functional.cross_entropy(logits, batch.label).backward()
+            loss(out, batch.label, present).backward()
             optimizer.step()
             schedule.step()
             on_step()

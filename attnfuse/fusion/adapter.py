@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from attnfuse.nn.layers import MultiSourceCrossAttention
+from attnfuse.nn.layers import BranchOptions, MultiSourceCrossAttention
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class DecoupledCrossAttention(MultiSourceCrossAttention):
@@ -40,26 +44,12 @@ class DecoupledCrossAttention(MultiSourceCrossAttention):
         *,
         scales: Mapping[str, float] | None = None,
         learn_scales: bool = False,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
         bias: bool = True,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
         softcap: float | None = None,
-        backend: str | None = None,
+        **attention: Unpack[BranchOptions],
     ) -> None:
         super().__init__(
-            embed_dim,
-            num_heads,
-            kv_dims,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            bias=bias,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            normalization="per_source",
-            softcap=softcap,
-            backend=backend,
+            embed_dim, num_heads, kv_dims, bias=bias, normalization="per_source", softcap=softcap, **attention
         )
         self.source_weights.requires_grad_(learn_scales)
         self.set_scales({} if scales is None else scales)

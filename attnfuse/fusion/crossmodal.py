@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from attnfuse.fusion.model import embeddings, mean_over_present, visible_only
+from attnfuse.fusion.contract import ModalityFusion
+from attnfuse.fusion.model import embedded, embeddings, mean_over_present, read_out, visible_only
 from attnfuse.fusion.output import FusionOutput
 from attnfuse.nn.block import JointBlock
-from attnfuse.nn.layers import MultiSourceCrossAttention
-from attnfuse.nn.modalities import Modality, check_dims, gather_modalities, key_mask, presence_matrix
+from attnfuse.nn.layers import AttentionOptions, BranchOptions, MultiSourceCrossAttention
+from attnfuse.nn.modalities import Modality, gather_modalities, key_mask, positive, presence_matrix
 from attnfuse.nn.transformer import CrossBlock
-from attnfuse.problem import AuxRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class _Route(nn.Module):
@@ -60,7 +64,7 @@ class _Stream(nn.Module):
         return torch.where(anybody.any(1)[:, None, None], mean, x)
 
 
-class CrossmodalTransformer(nn.Module):
+class CrossmodalTransformer(ModalityFusion):
     """Every modality's stream is updated by every other modality, then by itself.
 
         y_s   = tokens_s·P_s + modality_s (+ position_s)
@@ -114,30 +118,18 @@ class CrossmodalTransformer(nn.Module):
         num_self_layers: int = 1,
         pairwise: bool = False,
         max_lengths: Mapping[str, int] | None = None,
-        num_kv_heads: int | None = None,
         mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
+        **attention: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
-        if num_layers <= 0:
-            raise ValueError(f"num_layers must be positive, got {num_layers}")
+        super().__init__(dims)
+        positive(num_layers, "num_layers")
         if num_self_layers < 0:
             raise ValueError(f"num_self_layers must not be negative, got {num_self_layers}")
 
         def route(sources: Sequence[str]) -> _Route:
             layers = [
                 CrossBlock(
-                    embed_dim,
-                    num_heads,
-                    dict.fromkeys(sources, embed_dim),
-                    num_kv_heads=num_kv_heads,
-                    mlp_ratio=mlp_ratio,
-                    dropout=dropout,
-                    qk_norm=qk_norm,
-                    backend=backend,
+                    embed_dim, num_heads, dict.fromkeys(sources, embed_dim), mlp_ratio=mlp_ratio, **attention
                 )
                 for _ in range(num_layers)
             ]
@@ -147,53 +139,24 @@ class CrossmodalTransformer(nn.Module):
             others = [name for name in self.dims if name != target]
             together = [[name] for name in others] if pairwise else [others] if others else []
             own = [
-                JointBlock(
-                    embed_dim,
-                    num_heads,
-                    num_kv_heads=num_kv_heads,
-                    mlp_ratio=mlp_ratio,
-                    dropout=dropout,
-                    qk_norm=qk_norm,
-                    backend=backend,
-                )
-                for _ in range(num_self_layers)
+                JointBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, **attention) for _ in range(num_self_layers)
             ]
             return _Stream([route(sources) for sources in together], own, embed_dim)
 
         self.embed = embeddings(self.dims, embed_dim, max_lengths)
         self.streams = nn.ModuleDict({name: stream(name) for name in self.dims})
         self.query = nn.Parameter(0.02 * torch.randn(1, embed_dim))
-        self.readout = MultiSourceCrossAttention(
-            embed_dim,
-            num_heads,
-            dict.fromkeys(self.dims, embed_dim),
-            num_kv_heads=num_kv_heads,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            backend=backend,
-        )
+        self.readout = MultiSourceCrossAttention(embed_dim, num_heads, dict.fromkeys(self.dims, embed_dim), **attention)
         self.fused_norm = nn.LayerNorm(embed_dim)
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
-        presence = presence_matrix(views)
-        embedded = {
-            name: Modality(self.embed[name](view.tokens), view.mask, view.present)
-            for name, view in views.items()
-        }
-        tokens = visible_only(views, [stream(name, embedded) for name, stream in self.streams.items()])
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
+        known = embedded(self.embed, views)
+        tokens = visible_only(views, [stream(name, known) for name, stream in self.streams.items()])
 
-        query = self.query.expand(presence.shape[0], 1, -1)
-        masks = {name: view.mask for name, view in views.items()}
-        read, aux = self.readout(query, tokens, masks, presence, AuxRequest(source_mass=True))
-        read = read.masked_fill(~presence.any(1)[:, None, None], 0.0)
+        query, read, mass = read_out(self.query, self.readout, tokens, views)
+        read = read.masked_fill(~presence_matrix(views).any(1)[:, None, None], 0.0)
         fused = self.fused_norm(query + read).squeeze(1)
-        return FusionOutput(fused=fused, per_modality=tokens, source_mass=aux.source_mass.mean((1, 2)))
+        return FusionOutput(fused=fused, per_modality=tokens, source_mass=mass)
 
 
 class CoAttentionBlock(nn.Module):
@@ -233,17 +196,10 @@ class CoAttentionBlock(nn.Module):
         num_heads: int,
         *,
         self_attention: bool = False,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
         mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
+        **attention: Unpack[BranchOptions],
     ) -> None:
         super().__init__()
-        for argument, dim in (("dim_a", dim_a), ("dim_b", dim_b)):
-            if dim <= 0:
-                raise ValueError(f"{argument} must be positive, got {dim}")
 
         def side(dim: int, partner: str, partner_dim: int) -> CrossBlock:
             return CrossBlock(
@@ -251,15 +207,11 @@ class CoAttentionBlock(nn.Module):
                 num_heads,
                 {partner: partner_dim},
                 self_attention=self_attention,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
                 mlp_ratio=mlp_ratio,
-                dropout=dropout,
-                qk_norm=qk_norm,
-                backend=backend,
+                **attention,
             )
 
-        self.dims = {"a": dim_a, "b": dim_b}
+        self.dims = {"a": positive(dim_a, "dim_a"), "b": positive(dim_b, "dim_b")}
         self.block_a = side(dim_a, "b", dim_b)
         self.block_b = side(dim_b, "a", dim_a)
 

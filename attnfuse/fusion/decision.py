@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from attnfuse.fusion.contract import ModalityFusion
 from attnfuse.fusion.output import FusionOutput
-from attnfuse.nn.modalities import Modality, check_dims, gather_modalities, presence_matrix
+from attnfuse.nn.modalities import Modality, check_dims, positive, presence_matrix
 
 METHODS = ("mean", "weighted", "product", "max", "vote")
 
@@ -23,22 +24,13 @@ def same_size(names: Sequence[str], size: int, names_argument: str, size_argumen
     return check_dims(dict.fromkeys(names, positive(size, size_argument)), names_argument)
 
 
-def positive(size: int, argument: str) -> int:
-    """`size`, checked to be a positive int."""
-    if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(f"{argument} must be an int, got {type(size).__name__}")
-    if size <= 0:
-        raise ValueError(f"{argument} must be positive, got {size}")
-    return size
-
-
 def stack_wide(views: Mapping[str, Modality]) -> Tensor:
     """(B, S, d) in float32 or wider, 0 where absent: what vector modalities hold."""
     stacked = torch.stack([view.pooled() for view in views.values()], 1)
     return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
 
-class LateFusion(nn.Module):
+class LateFusion(ModalityFusion):
     """Combine the class probabilities p_s = softmax(logits_s) of the modalities that are present.
 
         mean      p ∝ Σ_s p_s
@@ -64,21 +56,16 @@ class LateFusion(nn.Module):
     All absent: the uniform distribution. Raises TypeError or ValueError naming the argument.
     """
 
+    vectors_only = True
+
     def __init__(self, modalities: Sequence[str], num_classes: int, method: str = "mean") -> None:
-        super().__init__()
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-        self.dims = same_size(modalities, num_classes, "modalities", "num_classes")
+        super().__init__(same_size(modalities, num_classes, "modalities", "num_classes"))
         self.method = method
         self.scores = nn.Parameter(torch.zeros(len(self.dims))) if method == "weighted" else None
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present, vectors_only=True)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         presence = presence_matrix(views)
         log_p = torch.log_softmax(stack_wide(views), dim=-1)
         # A sample with nothing present counts all its modalities, which are uniform there because absent
@@ -113,7 +100,7 @@ class LateFusion(nn.Module):
         return torch.log_softmax(score, dim=-1)
 
 
-class StackingFusion(nn.Module):
+class StackingFusion(ModalityFusion):
     """A classifier over the predictions of classifiers, which learns how far to trust each.
 
         log p_s = log_softmax(logits_s)
@@ -139,9 +126,10 @@ class StackingFusion(nn.Module):
     training and without a hidden layer it is uniform. Raises TypeError or ValueError naming the argument.
     """
 
+    vectors_only = True
+
     def __init__(self, names: Sequence[str], num_classes: int, hidden: int | None = None) -> None:
-        super().__init__()
-        self.dims = same_size(names, num_classes, "names", "num_classes")
+        super().__init__(same_size(names, num_classes, "names", "num_classes"))
         width = num_classes if hidden is None else positive(hidden, "hidden")
         self.slots = nn.ModuleDict({name: nn.Linear(num_classes, width) for name in self.dims})
         self.bias = nn.Parameter(torch.zeros(width))
@@ -159,13 +147,7 @@ class StackingFusion(nn.Module):
                     weight.uniform_(-bound, bound)
                 self.slots.get_parameter(f"{name}.bias").zero_()
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present, vectors_only=True)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         absent = ~presence_matrix(views)[..., None]
         log_p = torch.log_softmax(stack_wide(views), dim=-1).masked_fill(absent, 0.0)
         silent = dict(zip(views, log_p.unbind(1), strict=True))

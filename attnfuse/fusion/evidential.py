@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from attnfuse.fusion.decision import positive, same_size, stack_wide
+from attnfuse.fusion.decision import same_size, stack_wide
 from attnfuse.fusion.output import FusionOutput
-from attnfuse.nn.modalities import gather_modalities, presence_matrix
+from attnfuse.nn.modalities import gather_modalities, positive, presence_matrix
 
 EVIDENCE = {"softplus": nn.functional.softplus, "relu": torch.relu}
 LOSSES = ("mse", "digamma")

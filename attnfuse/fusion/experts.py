@@ -8,14 +8,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from attnfuse.fusion.contract import ModalityFusion
 from attnfuse.fusion.decision import same_size, stack_wide
 from attnfuse.fusion.output import FusionOutput
-from attnfuse.nn.modalities import Modality, gather_modalities, presence_matrix
+from attnfuse.nn.modalities import Modality, presence_matrix
 
 Beliefs: TypeAlias = Mapping[str, "Tensor | tuple[Tensor, Tensor]"]
 
 
-class ProductOfExperts(nn.Module):
+class ProductOfExperts(ModalityFusion):
     """The product of the Gaussians N(mean_s, var_s) of the modalities that are present.
 
         T_s  = 1 / var_s                                the precision of an expert, for each dimension
@@ -44,20 +45,14 @@ class ProductOfExperts(nn.Module):
     the argument.
     """
 
+    vectors_only = True
+
     def __init__(self, names: Sequence[str], dim: int, prior: bool = True) -> None:
-        super().__init__()
-        sizes = same_size(names, dim, "names", "dim")
-        self.dims = {name: 2 * size for name, size in sizes.items()}
+        super().__init__({name: 2 * size for name, size in same_size(names, dim, "names", "dim").items()})
         self.dim = dim
         self.prior = prior
 
-    def forward(
-        self,
-        inputs: Beliefs,
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = self._views(inputs, mask, present)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         mean, logvar, experts = self._product(views)
         # absent beliefs are all 0, mean and log variance
         means = dict(zip(views, experts[:, :-1].unbind(1), strict=True))
@@ -70,10 +65,10 @@ class ProductOfExperts(nn.Module):
         present: Tensor | Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """mean (B, D) and logvar (B, D) of the product."""
-        mean, logvar, _ = self._product(self._views(inputs, mask, present))
+        mean, logvar, _ = self._product(self.views(inputs, mask, present))
         return mean, logvar
 
-    def _views(
+    def views(
         self,
         inputs: Beliefs,
         mask: Mapping[str, Tensor | None] | None,
@@ -82,7 +77,7 @@ class ProductOfExperts(nn.Module):
         if not isinstance(inputs, Mapping):
             raise TypeError(f"inputs must be a dict of modality name to belief, got {type(inputs).__name__}")
         joined = {name: self._joined(name, value) for name, value in inputs.items()}
-        return gather_modalities(joined, self.dims, mask, present, vectors_only=True)
+        return super().views(joined, mask, present)
 
     def _joined(self, name: str, value: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """A pair as one (B, 2·D) tensor."""

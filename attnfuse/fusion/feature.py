@@ -7,11 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from attnfuse.fusion.contract import ModalityFusion
 from attnfuse.fusion.output import FusionOutput
-from attnfuse.nn.modalities import check_dims, gather_modalities, key_mask, masked_mean, presence_matrix
+from attnfuse.nn.modalities import Modality, key_mask, masked_mean, positive, presence_matrix
 
 
-class ConcatFusion(nn.Module):
+class ConcatFusion(ModalityFusion):
     """A linear layer over the concatenated modalities, computed without concatenating.
 
         fused = b + Σ_s W_s · mean of the real tokens of x_s
@@ -32,10 +33,8 @@ class ConcatFusion(nn.Module):
     """
 
     def __init__(self, dims: Mapping[str, int], out_dim: int) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
-        if out_dim <= 0:
-            raise ValueError(f"out_dim must be positive, got {out_dim}")
+        super().__init__(dims)
+        positive(out_dim, "out_dim")
         self.slots = nn.ModuleDict(
             {name: nn.Linear(dim, out_dim, bias=False) for name, dim in self.dims.items()}
         )
@@ -45,13 +44,7 @@ class ConcatFusion(nn.Module):
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         # A missing modality goes through its slot as zeros: its weights then have gradient 0 rather than
         # none, which is what DistributedDataParallel expects of every parameter.
         slots = {name: self.slots[name](view.pooled()) for name, view in views.items()}
@@ -59,7 +52,7 @@ class ConcatFusion(nn.Module):
         return FusionOutput(fused=fused + self.bias.to(fused.dtype), per_modality=slots)
 
 
-class SumFusion(nn.Module):
+class SumFusion(ModalityFusion):
     """Each modality projected to a common size, then added up over those that are present.
 
         h_s   = W_s · mean of the real tokens of x_s + b_s
@@ -85,22 +78,14 @@ class SumFusion(nn.Module):
     """
 
     def __init__(self, dims: Mapping[str, int], out_dim: int, *, reduction: str = "sum") -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
-        if out_dim <= 0:
-            raise ValueError(f"out_dim must be positive, got {out_dim}")
+        super().__init__(dims)
+        positive(out_dim, "out_dim")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction = reduction
         self.proj = nn.ModuleDict({name: nn.Linear(dim, out_dim) for name, dim in self.dims.items()})
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         # the bias of an absent modality must not stay
         parts = {
             name: self.proj[name](view.pooled()).masked_fill(~view.present[:, None], 0.0)
@@ -112,7 +97,7 @@ class SumFusion(nn.Module):
         return FusionOutput(fused=fused, per_modality=parts)
 
 
-class GatedMultimodalUnit(nn.Module):
+class GatedMultimodalUnit(ModalityFusion):
     """Each feature of the result is a mixture of the modalities, in proportions that they decide together.
 
         h_s   = tanh(W_s x_s + b_s)                  x_s the mean of the modality's real tokens
@@ -138,20 +123,12 @@ class GatedMultimodalUnit(nn.Module):
     """
 
     def __init__(self, dims: Mapping[str, int], out_dim: int) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
-        if out_dim <= 0:
-            raise ValueError(f"out_dim must be positive, got {out_dim}")
+        super().__init__(dims)
+        positive(out_dim, "out_dim")
         self.hidden = nn.ModuleDict({name: nn.Linear(dim, out_dim) for name, dim in self.dims.items()})
         self.gates = ConcatFusion(self.dims, len(self.dims) * out_dim)
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         presence = presence_matrix(views)
         pooled = {name: view.pooled() for name, view in views.items()}
         hidden = torch.stack([torch.tanh(self.hidden[name](x)) for name, x in pooled.items()], 1)
@@ -194,10 +171,7 @@ class FiLM(nn.Module):
 
     def __init__(self, dim: int, cond_dim: int) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("cond_dim", cond_dim)):
-            if size <= 0:
-                raise ValueError(f"{name} must be positive, got {size}")
-        self.dim, self.cond_dim = dim, cond_dim
+        self.dim, self.cond_dim = positive(dim, "dim"), positive(cond_dim, "cond_dim")
         self.proj = nn.Linear(cond_dim, 2 * dim)
 
     def forward(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from attnfuse.fusion.contract import ModalityFusion
 from attnfuse.fusion.output import FusionOutput
 from attnfuse.nn.block import JointBlock
-from attnfuse.nn.layers import MultiSourceCrossAttention
-from attnfuse.nn.modalities import Modality, check_dims, gather_modalities, masked_mean, presence_matrix
+from attnfuse.nn.layers import AttentionOptions, MultiSourceCrossAttention
+from attnfuse.nn.modalities import Modality, check_dims, masked_mean, positive, presence_matrix
 from attnfuse.problem import AuxRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class TokenEmbedding(nn.Module):
@@ -41,7 +46,7 @@ class TokenEmbedding(nn.Module):
         return embedded + self.position[:length]
 
 
-class MultimodalTransformer(nn.Module):
+class MultimodalTransformer(ModalityFusion):
     """Any modalities in, one representation out: a transformer over the tokens of all of them.
 
         x_s   = tokens_s·P_s + modality_s (+ position_s)
@@ -76,65 +81,34 @@ class MultimodalTransformer(nn.Module):
         num_layers: int,
         *,
         max_lengths: Mapping[str, int] | None = None,
-        num_kv_heads: int | None = None,
         mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
+        **attention: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
-        if num_layers <= 0:
-            raise ValueError(f"num_layers must be positive, got {num_layers}")
+        super().__init__(dims)
+        positive(num_layers, "num_layers")
         self.embed = embeddings(self.dims, embed_dim, max_lengths)
         self.blocks = nn.ModuleList(
-            JointBlock(
-                embed_dim,
-                num_heads,
-                num_kv_heads=num_kv_heads,
-                mlp_ratio=mlp_ratio,
-                dropout=dropout,
-                qk_norm=qk_norm,
-                backend=backend,
-            )
-            for _ in range(num_layers)
+            JointBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, **attention) for _ in range(num_layers)
         )
         self.token_norm = nn.LayerNorm(embed_dim)
         self.query = nn.Parameter(0.02 * torch.randn(1, embed_dim))
-        self.readout = MultiSourceCrossAttention(
-            embed_dim,
-            num_heads,
-            dict.fromkeys(self.dims, embed_dim),
-            num_kv_heads=num_kv_heads,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            backend=backend,
-        )
+        self.readout = MultiSourceCrossAttention(embed_dim, num_heads, dict.fromkeys(self.dims, embed_dim), **attention)
         self.fused_norm = nn.LayerNorm(embed_dim)
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         masks = [view.mask for view in views.values()]
-        presence = presence_matrix(views)
+        present = [view.present for view in views.values()]
         streams = [self.embed[name](view.tokens) for name, view in views.items()]
         for block in self.blocks:
-            streams = block(streams, masks, presence.unbind(1))
+            streams = block(streams, masks, present)
         tokens = visible_only(views, [self.token_norm(x) for x in streams])
 
-        query = self.query.expand(presence.shape[0], 1, -1)
-        read, aux = self.readout(
-            query, tokens, dict(zip(views, masks, strict=True)), presence, AuxRequest(source_mass=True)
-        )
+        query, read, mass = read_out(self.query, self.readout, tokens, views)
         fused = self.fused_norm(query + read).squeeze(1)
-        return FusionOutput(fused=fused, per_modality=tokens, source_mass=aux.source_mass.mean((1, 2)))
+        return FusionOutput(fused=fused, per_modality=tokens, source_mass=mass)
 
 
-class BottleneckFusion(nn.Module):
+class BottleneckFusion(ModalityFusion):
     """Multimodal bottleneck transformer: modalities meet in a few tokens only.
 
         layers before fusion_layer    x_s = block_s(x_s attends to x_s)
@@ -170,16 +144,11 @@ class BottleneckFusion(nn.Module):
         fusion_layer: int = 0,
         *,
         max_lengths: Mapping[str, int] | None = None,
-        num_kv_heads: int | None = None,
         mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
+        **attention: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
-        if num_bottlenecks <= 0:
-            raise ValueError(f"num_bottlenecks must be positive, got {num_bottlenecks}")
+        super().__init__(dims)
+        positive(num_bottlenecks, "num_bottlenecks")
         if not 0 <= fusion_layer < num_layers:
             raise ValueError(
                 f"fusion_layer must be in 0..num_layers-1 = {num_layers - 1}, got {fusion_layer}"
@@ -191,29 +160,14 @@ class BottleneckFusion(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 name: nn.ModuleList(
-                    JointBlock(
-                        embed_dim,
-                        num_heads,
-                        num_kv_heads=num_kv_heads,
-                        mlp_ratio=mlp_ratio,
-                        dropout=dropout,
-                        qk_norm=qk_norm,
-                        backend=backend,
-                    )
-                    for _ in range(num_layers)
+                    JointBlock(embed_dim, num_heads, mlp_ratio=mlp_ratio, **attention) for _ in range(num_layers)
                 )
                 for name in self.dims
             }
         )
         self.norms = nn.ModuleDict({name: nn.LayerNorm(embed_dim) for name in self.dims})
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         presence = presence_matrix(views)
         streams = {name: self.embed[name](view.tokens) for name, view in views.items()}
         bottleneck = self.bottleneck.expand(presence.shape[0], -1, -1)
@@ -243,6 +197,22 @@ def embeddings(dims: dict[str, int], embed_dim: int, max_lengths: Mapping[str, i
     return nn.ModuleDict(
         {name: TokenEmbedding(name, dim, embed_dim, lengths.get(name)) for name, dim in dims.items()}
     )
+
+
+def embedded(embed: nn.ModuleDict, views: Mapping[str, Modality]) -> dict[str, Modality]:
+    """The views with their tokens embedded."""
+    return {name: Modality(embed[name](view.tokens), view.mask, view.present) for name, view in views.items()}
+
+
+def read_out(
+    queries: Tensor, attention: MultiSourceCrossAttention, tokens: dict[str, Tensor], views: Mapping[str, Modality]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Learned queries (K, E), one set a sample: they, what they read, both (B, K, E), and the source mass (B, S)."""
+    presence = presence_matrix(views)
+    masks = {name: view.mask for name, view in views.items()}
+    queries = queries.expand(presence.shape[0], -1, -1)
+    read, aux = attention(queries, tokens, masks, presence, AuxRequest(source_mass=True))
+    return queries, read, aux.source_mass.mean((1, 2))
 
 
 def visible_only(views: Mapping[str, Modality], streams: list[Tensor]) -> dict[str, Tensor]:

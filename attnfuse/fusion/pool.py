@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from attnfuse.fusion.contract import ModalityFusion
+from attnfuse.fusion.model import read_out
 from attnfuse.fusion.output import FusionOutput
-from attnfuse.nn.layers import MultiSourceCrossAttention
-from attnfuse.nn.modalities import check_dims, gather_modalities, presence_matrix
-from attnfuse.problem import AuxRequest
+from attnfuse.nn.layers import AttentionOptions, MultiSourceCrossAttention
+from attnfuse.nn.modalities import Modality, positive
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
-class AttentionPoolFusion(nn.Module):
+class AttentionPoolFusion(ModalityFusion):
     """Learned queries attend to the tokens of every modality at once; what they read is the representation.
 
         y_s   = norm_s(x_s·P_s)
@@ -52,26 +57,13 @@ class AttentionPoolFusion(nn.Module):
         embed_dim: int,
         num_heads: int,
         num_queries: int = 1,
-        *,
-        num_kv_heads: int | None = None,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
+        **attention: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
-        if num_queries <= 0:
-            raise ValueError(f"num_queries must be positive, got {num_queries}")
+        super().__init__(dims)
+        positive(num_queries, "num_queries")
         # first, because it checks the sizes it shares with what follows
-        self.attention = MultiSourceCrossAttention(
-            embed_dim,
-            num_heads,
-            dict.fromkeys(self.dims, embed_dim),
-            num_kv_heads=num_kv_heads,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            backend=backend,
-        )
+        widths = dict.fromkeys(self.dims, embed_dim)
+        self.attention = MultiSourceCrossAttention(embed_dim, num_heads, widths, **attention)
         self.embed = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.Linear(dim, embed_dim), nn.LayerNorm(embed_dim))
@@ -82,21 +74,11 @@ class AttentionPoolFusion(nn.Module):
         self.queries = nn.Parameter(torch.randn(num_queries, embed_dim))
         self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
-        presence = presence_matrix(views)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         # Padded rows are 0 again after the bias of P_s and the norm, and carry no gradient into either.
         tokens = {
             name: self.embed[name](view.tokens).masked_fill(~view.visible[..., None], 0.0)
             for name, view in views.items()
         }
-        masks = {name: view.mask for name, view in views.items()}
-        queries = self.queries.expand(presence.shape[0], -1, -1)
-        read, aux = self.attention(queries, tokens, masks, presence, AuxRequest(source_mass=True))
-        fused = self.norm(read).mean(1)
-        return FusionOutput(fused=fused, per_modality=tokens, source_mass=aux.source_mass.mean((1, 2)))
+        _, read, mass = read_out(self.queries, self.attention, tokens, views)
+        return FusionOutput(fused=self.norm(read).mean(1), per_modality=tokens, source_mass=mass)

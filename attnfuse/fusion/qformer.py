@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from attnfuse.fusion.model import embeddings, visible_only
+from attnfuse.fusion.contract import ModalityFusion
+from attnfuse.fusion.model import embedded, embeddings, visible_only
 from attnfuse.fusion.output import FusionOutput
-from attnfuse.nn.modalities import Modality, check_dims, gather_modalities
+from attnfuse.nn.layers import AttentionOptions
+from attnfuse.nn.modalities import Modality, positive
 from attnfuse.nn.transformer import CrossBranch, MLPBranch, SelfBranch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class QFormerLayer(nn.Module):
@@ -28,7 +34,7 @@ class QFormerLayer(nn.Module):
         return self.mlp(x), mass
 
 
-class QFormer(nn.Module):
+class QFormer(ModalityFusion):
     """A fixed number of learned queries reads all modalities: Q vectors out, however many tokens came in.
 
         y_s   = tokens_s·P_s + modality_s (+ position_s)
@@ -74,59 +80,33 @@ class QFormer(nn.Module):
         *,
         cross_attention_every: int = 2,
         max_lengths: Mapping[str, int] | None = None,
-        num_kv_heads: int | None = None,
         mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
+        **attention: Unpack[AttentionOptions],
     ) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
+        super().__init__(dims)
         for argument, value in (
             ("num_layers", num_layers),
             ("num_queries", num_queries),
             ("cross_attention_every", cross_attention_every),
         ):
-            if value <= 0:
-                raise ValueError(f"{argument} must be positive, got {value}")
+            positive(value, argument)
 
         def layer(reads: bool) -> QFormerLayer:
-            own = SelfBranch(
-                embed_dim,
-                num_heads,
-                num_kv_heads=num_kv_heads,
-                dropout=dropout,
-                qk_norm=qk_norm,
-                backend=backend,
-            )
+            own = SelfBranch(embed_dim, num_heads, **attention)
             cross = None
             if reads:
-                cross = CrossBranch(
-                    embed_dim,
-                    num_heads,
-                    dict.fromkeys(self.dims, embed_dim),
-                    num_kv_heads=num_kv_heads,
-                    dropout=dropout,
-                    qk_norm=qk_norm,
-                    backend=backend,
-                )
-            return QFormerLayer(own, cross, MLPBranch(embed_dim, mlp_ratio=mlp_ratio, dropout=dropout))
+                cross = CrossBranch(embed_dim, num_heads, dict.fromkeys(self.dims, embed_dim), **attention)
+            return QFormerLayer(own, cross, MLPBranch(embed_dim, mlp_ratio=mlp_ratio, dropout=own.attn.dropout))
 
         self.embed = embeddings(self.dims, embed_dim, max_lengths)
         self.query = nn.Parameter(0.02 * torch.randn(num_queries, embed_dim))
         self.layers = nn.ModuleList(layer(depth % cross_attention_every == 0) for depth in range(num_layers))
         self.norm = nn.LayerNorm(embed_dim)
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
-        embedded = self._embed(views)
-        x, mass = self._read(embedded)
-        tokens = visible_only(views, [view.tokens for view in embedded.values()])
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
+        known = embedded(self.embed, views)
+        x, mass = self._read(known)
+        tokens = visible_only(views, [view.tokens for view in known.values()])
         return FusionOutput(fused=x.mean(1), per_modality=tokens, source_mass=mass)
 
     def queries(
@@ -139,13 +119,7 @@ class QFormer(nn.Module):
 
         Arguments as `forward`. A plain method: hooks on the module's call do not run.
         """
-        return self._read(self._embed(gather_modalities(inputs, self.dims, mask, present)))[0]
-
-    def _embed(self, views: Mapping[str, Modality]) -> dict[str, Modality]:
-        return {
-            name: Modality(self.embed[name](view.tokens), view.mask, view.present)
-            for name, view in views.items()
-        }
+        return self._read(embedded(self.embed, self.views(inputs, mask, present)))[0]
 
     def _read(self, views: Mapping[str, Modality]) -> tuple[Tensor, Tensor]:
         """The normed queries (B, Q, E) after all layers, and the mean source mass (B, S)."""

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from attnfuse.fusion.contract import ModalityFusion
 from attnfuse.fusion.output import FusionOutput
-from attnfuse.nn.modalities import check_dims, gather_modalities
+from attnfuse.nn.modalities import Modality, positive
 
 
-class TensorFusion(nn.Module):
+class TensorFusion(ModalityFusion):
     """The outer product of all modalities, each with a constant 1 in front.
 
         z     = [1; x_1] ⊗ ... ⊗ [1; x_S]            x_s the mean of the modality's real tokens
@@ -41,21 +42,14 @@ class TensorFusion(nn.Module):
     """
 
     def __init__(self, dims: Mapping[str, int], out_dim: int | None = None) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
+        super().__init__(dims)
         if out_dim is not None and out_dim <= 0:
             raise ValueError(f"out_dim must be positive or None, got {out_dim}")
         entries = math.prod(dim + 1 for dim in self.dims.values())
         self.out_dim = entries if out_dim is None else out_dim
         self.proj: nn.Module = nn.Identity() if out_dim is None else nn.Linear(entries, out_dim)
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         pooled = {name: view.pooled() for name, view in views.items()}
         first, *others = (F.pad(x, (1, 0), value=1.0) for x in pooled.values())
         product = first
@@ -64,7 +58,7 @@ class TensorFusion(nn.Module):
         return FusionOutput(fused=self.proj(product), per_modality=pooled)
 
 
-class LowRankTensorFusion(nn.Module):
+class LowRankTensorFusion(ModalityFusion):
     """Tensor fusion with its weight in low rank: the outer product is never formed.
 
         fused = b + Σ_r w_r * Π over present s of (1 + U_rs x_s)         * and Π feature by feature, r <= rank
@@ -90,24 +84,16 @@ class LowRankTensorFusion(nn.Module):
     """
 
     def __init__(self, dims: Mapping[str, int], out_dim: int, rank: int) -> None:
-        super().__init__()
-        self.dims = check_dims(dims)
-        for name, size in (("out_dim", out_dim), ("rank", rank)):
-            if size <= 0:
-                raise ValueError(f"{name} must be positive, got {size}")
+        super().__init__(dims)
+        positive(out_dim, "out_dim")
+        positive(rank, "rank")
         self.factors = nn.ModuleDict(
             {name: nn.Linear(dim, rank * out_dim, bias=False) for name, dim in self.dims.items()}
         )
         self.weight = nn.Parameter(rank**-0.5 * torch.randn(rank, out_dim))
         self.bias = nn.Parameter(torch.zeros(out_dim))
 
-    def forward(
-        self,
-        inputs: Mapping[str, Tensor],
-        mask: Mapping[str, Tensor | None] | None = None,
-        present: Tensor | Mapping[str, Tensor] | None = None,
-    ) -> FusionOutput:
-        views = gather_modalities(inputs, self.dims, mask, present)
+    def fuse(self, views: Mapping[str, Modality]) -> FusionOutput:
         # 0 for an absent modality, and then 1 + 0 is the factor that changes nothing
         factors = [self.factors[name](view.pooled()) for name, view in views.items()]
         stacked = torch.stack(factors, 1).unflatten(2, self.weight.shape)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from attnfuse.fusion.decision import positive, stack_wide
+from attnfuse.fusion.decision import stack_wide
 from attnfuse.fusion.evidential import check_classes
-from attnfuse.nn.modalities import Modality, check_dims, gather_modalities, presence_matrix
+from attnfuse.nn.modalities import Modality, check_dims, gather_modalities, positive, presence_matrix
 
 
 class ModalityDropout(nn.Module):

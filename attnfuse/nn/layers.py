@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,24 @@ from attnfuse.nn.modalities import check_dims, gather_modalities, key_mask
 from attnfuse.problem import AuxOutput, AuxRequest, Source
 
 Window = tuple[int | None, int | None]
+
+
+class AttentionOptions(TypedDict, total=False):
+    """What a module hands down, as it is, to the attention layers it is made of: see `SelfAttention`.
+
+    Their defaults stand in those layers, and those layers refuse a keyword that they do not know.
+    """
+
+    num_kv_heads: int | None
+    dropout: float
+    qk_norm: bool
+    backend: str | None
+
+
+class BranchOptions(AttentionOptions, total=False):
+    """The same for modules whose heads may have a size of their own."""
+
+    head_dim: int | None
 
 
 class SelfAttention(nn.Module):

@@ -43,6 +43,15 @@ def masked_mean(tokens: Tensor, visible: Tensor) -> Tensor:
     return tokens.sum(1) / visible.sum(1).clamp_min(1)[:, None].to(tokens.dtype)
 
 
+def positive(size: int, argument: str) -> int:
+    """`size`, checked to be a positive int."""
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise TypeError(f"{argument} must be an int, got {type(size).__name__}")
+    if size <= 0:
+        raise ValueError(f"{argument} must be positive, got {size}")
+    return size
+
+
 def check_dims(dims: Mapping[str, int], argument: str = "dims") -> dict[str, int]:
     """A copy of `dims`, checked: at least one modality, usable names, positive sizes."""
     if not isinstance(dims, Mapping):
@@ -58,10 +67,7 @@ def check_dims(dims: Mapping[str, int], argument: str = "dims") -> dict[str, int
                 f"{argument} has the modality name {name!r}; a name must not be empty, hold a dot, or be an "
                 "attribute of torch.nn.ModuleDict, because parameters are named after it"
             )
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{argument}[{name!r}] must be an int, got {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"{argument}[{name!r}] must be positive, got {size}")
+        positive(size, f"{argument}[{name!r}]")
     return dict(dims)
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from attnfuse.nn.layers import MultiSourceCrossAttention, SelfAttention
+from attnfuse.nn.layers import BranchOptions, MultiSourceCrossAttention, SelfAttention
 from attnfuse.nn.modalities import Modality, presence_matrix
 from attnfuse.problem import AuxRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # typing has it from Python 3.11 on
 
 
 class SelfBranch(nn.Module):
@@ -19,29 +23,11 @@ class SelfBranch(nn.Module):
     forward(x, mask=None): x (B, N, E), mask (B, N) bool, True = real token -> (B, N, E).
     """
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
-    ) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, **attention: Unpack[BranchOptions]) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embed_dim)
-        self.attn = SelfAttention(
-            embed_dim,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            backend=backend,
-        )
-        self.drop = nn.Dropout(dropout)
+        self.attn = SelfAttention(embed_dim, num_heads, **attention)
+        self.drop = nn.Dropout(self.attn.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x + self.drop(self.attn(self.norm(x), mask))
@@ -64,31 +50,13 @@ class CrossBranch(nn.Module):
     """
 
     def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        kv_dims: Mapping[str, int],
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
+        self, embed_dim: int, num_heads: int, kv_dims: Mapping[str, int], **attention: Unpack[BranchOptions]
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(embed_dim)
-        self.attn = MultiSourceCrossAttention(
-            embed_dim,
-            num_heads,
-            kv_dims,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            backend=backend,
-        )
+        self.attn = MultiSourceCrossAttention(embed_dim, num_heads, kv_dims, **attention)
         self.source_norms = nn.ModuleDict({name: nn.LayerNorm(dim) for name, dim in kv_dims.items()})
-        self.drop = nn.Dropout(dropout)
+        self.drop = nn.Dropout(self.attn.dropout)
 
     def forward(
         self, x: Tensor, views: Mapping[str, Modality], return_mass: bool = False
@@ -140,36 +108,15 @@ class CrossBlock(nn.Module):
         kv_dims: Mapping[str, int],
         *,
         self_attention: bool = False,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
         mlp_ratio: float = 4.0,
-        dropout: float = 0.0,
-        qk_norm: bool = False,
-        backend: str | None = None,
+        **attention: Unpack[BranchOptions],
     ) -> None:
         super().__init__()
-        self.cross = CrossBranch(
-            embed_dim,
-            num_heads,
-            kv_dims,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dropout=dropout,
-            qk_norm=qk_norm,
-            backend=backend,
-        )
+        self.cross = CrossBranch(embed_dim, num_heads, kv_dims, **attention)
         self.own: SelfBranch | None = None
         if self_attention:
-            self.own = SelfBranch(
-                embed_dim,
-                num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                dropout=dropout,
-                qk_norm=qk_norm,
-                backend=backend,
-            )
-        self.mlp = MLPBranch(embed_dim, mlp_ratio=mlp_ratio, dropout=dropout)
+            self.own = SelfBranch(embed_dim, num_heads, **attention)
+        self.mlp = MLPBranch(embed_dim, mlp_ratio=mlp_ratio, dropout=self.cross.attn.dropout)
 
     def forward(self, x: Tensor, views: Mapping[str, Modality], mask: Tensor | None = None) -> Tensor:
         x, _ = self.cross(x, views)
