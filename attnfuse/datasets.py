@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnfuse.mel import NUM_BANDS as NUM_BANDS  # what a token is made of: part of this module's interface
+from attnfuse.mel import SAMPLE_RATE, log_mel
+
 # Where either modality alone is right four times in five, so that two have something to add to one. Chosen on
 # the validation split by `attnfuse demo --choose-noise`, which prints these two numbers.
 IMAGE_NOISE = 0.35
@@ -58,10 +61,7 @@ ACCENTS = ("en-us", "en-gb-x-rp", "en-gb-scotland", "en-029")
 TEMPOS = ((135, 40), (155, 60), (180, 50), (205, 45))  # words per minute, pitch: one per accent
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-NUM_BANDS = 24
-SAMPLE_RATE = 11025  # half of what espeak-ng gives: plenty for ten words
-_WINDOW, _HOP = 256, 165  # 23 ms every 15 ms
-_BAND_EDGES_HZ = (80.0, 5400.0)
+_FRAMES = 2  # to a token
 _ESPEAK = threading.Lock()  # the synthesiser keeps its state in globals
 _MISSING = "av_digits needs scikit-learn and espeakng-loader: pip install attnfuse[demo]"
 
@@ -155,7 +155,7 @@ def av_digits(
         sigma = _draw(image_noise, label.shape, generator)
         noisy = pixels[scan] + sigma[:, None, None] * torch.randn(pixels[scan].shape, generator=generator)
         waves = [speech[i] for i in utterance.tolist()]
-        audio, lengths = _log_mel(waves, _draw(audio_snr_db, label.shape, generator), generator)
+        audio, lengths = _noisy_log_mel(waves, _draw(audio_snr_db, label.shape, generator), generator)
         splits[split] = Split(2 * noisy - 0.6, audio, lengths, label, scan, speaker)
     return AVDigits(**splits, speakers=names)
 
@@ -174,7 +174,7 @@ def _scans() -> tuple[Tensor, Tensor]:
     return torch.tensor(digits.images, dtype=torch.float32) / 16, torch.tensor(digits.target)
 
 
-def _log_mel(waves: list[Tensor], snr_db: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _noisy_log_mel(waves: list[Tensor], snr_db: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Tokens of two noisy log-mel frames (N, T, 2 * NUM_BANDS) and how many of them each wave fills."""
     size = torch.tensor([len(wave) for wave in waves])
     padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
@@ -184,25 +184,7 @@ def _log_mel(waves: list[Tensor], snr_db: Tensor, generator: torch.Generator) ->
     noisy = (padded / rms[:, None] + noise) * inside
     # Level is taken out, as a recorder's gain control does: only the ratio tells speech from noise.
     noisy = noisy / (noisy.square().sum(1) / size).sqrt()[:, None]
-    spectrum = torch.stft(noisy, _WINDOW, _HOP, window=torch.hann_window(_WINDOW), return_complex=True)
-    bands = spectrum.abs().square().transpose(1, 2) @ _mel_filters() / _WINDOW
-    frames = torch.log10(bands + 1e-3) + 1.0
-    tokens = frames[:, : frames.shape[1] // 2 * 2].unflatten(1, (-1, 2)).flatten(2)
-    lengths = (1 + size // _HOP) // 2
-    heard = torch.arange(tokens.shape[1]) < lengths[:, None]
-    return tokens * heard[..., None], lengths
-
-
-def _mel_filters() -> Tensor:
-    """Triangles spaced evenly in mel, each of unit area: (_WINDOW // 2 + 1, NUM_BANDS)."""
-    low, high = (2595 * torch.log10(1 + torch.tensor(edge) / 700) for edge in _BAND_EDGES_HZ)
-    mel = low + (high - low) * torch.linspace(0, 1, NUM_BANDS + 2)
-    edges = 700 * (10 ** (mel / 2595) - 1)
-    hertz = torch.linspace(0, SAMPLE_RATE / 2, _WINDOW // 2 + 1)[:, None]
-    rising = (hertz - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - hertz) / (edges[2:] - edges[1:-1])
-    triangles = torch.minimum(rising, falling).clamp(min=0)
-    return triangles / triangles.sum(0).clamp(min=1e-6)
+    return log_mel(noisy, size, _FRAMES)
 
 
 _memory: list[Tensor] = []

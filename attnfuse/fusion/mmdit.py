@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from attnfuse.functional import joint_attention
 from attnfuse.nn.heads import check_dropout, merge_heads, split_heads
 from attnfuse.nn.modalities import Modality, gather_modalities, key_mask
+from attnfuse.nn.rope import RotaryEmbedding, check_rope, rotation
 from attnfuse.problem import AuxOutput, AuxRequest, Stream
+from attnfuse.rope import qk_norm_rope
 
 Masks = Sequence[Tensor | None]
 Present = Tensor | Sequence[Tensor | None]
@@ -22,6 +24,7 @@ class JointAttention(nn.Module):
 
         q_s, k_s, v_s = x_s·Wqkv_s        out_s = Wo_s · attention(norm q_s -> norm k_1, ..., norm k_S)
 
+    With a rope, q_s and k_s are then rotated by the positions of their tokens, as in FLUX (Black Forest Labs, 2024).
     The attention of Esser et al., 2024, "Scaling Rectified Flow Transformers for High-Resolution Image
     Synthesis" (MM-DiT), for any number of streams. Nothing is concatenated. Parameters are named as in
     lucidrains/mmdit: to_qkv.s, to_out.s, q_rmsnorms.s, k_rmsnorms.s.
@@ -30,14 +33,17 @@ class JointAttention(nn.Module):
         dim_modalities: size of a token in each stream.
         dim_head, heads: size and number of attention heads, common to all streams.
         qk_rmsnorm: RMSNorm on each head of q and k, with weights for each stream and head.
+        rope: rotary position embedding common to all streams, of at most dim_head elements.
+        rope_interleaved: which elements form a pair, as `interleaved` in `attnfuse.rope.qk_norm_rope`.
         dropout: on attention probabilities, in training only.
         softcap: z -> softcap · tanh(z / softcap) on the logits.
         backend: name of a backend, or None for the documented order.
 
-    forward(inputs, masks=None, present=None, return_aux=None):
+    forward(inputs, masks=None, present=None, return_aux=None, positions=None):
         inputs  one (B, N_s, dim_s) for each stream; a stream that nobody has is (B, 0, dim_s)
         masks   for each stream (B, N_s) bool, True = real token, (B,) integer lengths, or None
         present (B, S) bool, or for each stream (B,) bool or None
+        positions for each stream (N_s,) or (B, N_s), with several axes (..., axes), or None, which counts from 0
         -> a tuple of (B, N_s, dim_s), 0 at padded tokens and in absent streams; with
         return_aux=AuxRequest(...) a pair of that and a list of AuxOutput, one for each stream's queries, whose
         source_mass is (B, H, N_s, S).
@@ -52,6 +58,8 @@ class JointAttention(nn.Module):
         heads: int = 8,
         *,
         qk_rmsnorm: bool = False,
+        rope: RotaryEmbedding | None = None,
+        rope_interleaved: bool = False,
         dropout: float = 0.0,
         softcap: float | None = None,
         backend: str | None = None,
@@ -60,6 +68,7 @@ class JointAttention(nn.Module):
         self.dim_modalities = _check_sizes(dim_modalities, dim_head=dim_head, heads=heads)
         self.heads, self.dropout = heads, check_dropout(dropout)
         self.softcap, self.backend = softcap, backend
+        self.rope, self.rope_interleaved = check_rope(rope, dim_head), rope_interleaved
         inner = dim_head * heads
         self.to_qkv = nn.ModuleList(nn.Linear(dim, 3 * inner, bias=False) for dim in self.dim_modalities)
         self.to_out = nn.ModuleList(nn.Linear(inner, dim, bias=False) for dim in self.dim_modalities)
@@ -75,24 +84,38 @@ class JointAttention(nn.Module):
         masks: Masks | None = None,
         present: Present | None = None,
         return_aux: AuxRequest | None = None,
+        positions: Masks | None = None,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], list[AuxOutput]]:
         views = gather_streams(inputs, self.dim_modalities, masks, present, "inputs", "masks")
-        outs, aux = self.attend([view.tokens for view in views], views, return_aux)
+        outs, aux = self.attend([view.tokens for view in views], views, return_aux, positions)
         result = tuple(
             out.masked_fill(~view.visible[..., None], 0.0) for out, view in zip(outs, views, strict=True)
         )
         return result if return_aux is None else (result, aux)
 
     def attend(
-        self, tokens: Sequence[Tensor], views: Sequence[Modality], return_aux: AuxRequest | None
+        self,
+        tokens: Sequence[Tensor],
+        views: Sequence[Modality],
+        return_aux: AuxRequest | None,
+        positions: Masks | None,
     ) -> tuple[list[Tensor], list[AuxOutput]]:
         """The attention itself: `tokens` are what is projected, `views` say what of them is there."""
+        if positions is not None:
+            _check_count("positions", positions, self.dim_modalities)
         streams = []
         for s, (x, view) in enumerate(zip(tokens, views, strict=True)):
+            where = None if positions is None else positions[s]
+            cos, sin = rotation(self.rope, x.shape[1], where, f"positions[{s}]")
             query, key, value = split_heads(self.to_qkv[s](x), 3 * self.heads).chunk(3, dim=2)
             if self.q_rmsnorms is not None and self.k_rmsnorms is not None:
                 query, key = self.q_rmsnorms[s](query), self.k_rmsnorms[s](key)
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            if cos is not None:  # the norms are not part of this pass: they have weights for each head
+                backend = "reference" if self.backend == "reference" else None
+                query, key = qk_norm_rope(
+                    query, key, cos=cos, sin=sin, interleaved=self.rope_interleaved, backend=backend
+                )
             streams.append(Stream(query, key, value, mask=view.mask, present=view.present))
         outs, aux = joint_attention(
             streams,
@@ -121,14 +144,15 @@ class MMDiTBlock(nn.Module):
         dim_head, heads: size and number of attention heads, common to all streams.
         dim_cond: size of time_cond; None: no modulation, the norms have weights of their own and there are
             no gates.
-        qk_rmsnorm, dropout, softcap, backend: as `JointAttention`.
+        qk_rmsnorm, rope, rope_interleaved, dropout, softcap, backend: as `JointAttention`.
         ff_mult: hidden size of each feedforward over its dim.
 
-    forward(modality_tokens, modality_masks=None, time_cond=None, present=None, return_aux=None):
+    forward(modality_tokens, modality_masks=None, time_cond=None, present=None, return_aux=None, positions=None):
         modality_tokens one (B, N_s, dim_s) for each stream; a stream that nobody has is (B, 0, dim_s)
         modality_masks  for each stream (B, N_s) bool, True = real token, (B,) integer lengths, or None
         time_cond       (B, dim_cond), exactly where dim_cond was given
         present         (B, S) bool, or for each stream (B,) bool or None
+        positions       for each stream, as `JointAttention`
         -> a tuple of (B, N_s, dim_s); with return_aux=AuxRequest(...) a pair of that and a list of AuxOutput.
     An absent stream, and a padded token, contributes nothing, is never seen whatever it holds, and comes out
     exactly as it went in. Raises TypeError or ValueError naming the argument.
@@ -142,6 +166,8 @@ class MMDiTBlock(nn.Module):
         dim_cond: int | None = None,
         *,
         qk_rmsnorm: bool = False,
+        rope: RotaryEmbedding | None = None,
+        rope_interleaved: bool = False,
         dropout: float = 0.0,
         softcap: float | None = None,
         ff_mult: float = 4.0,
@@ -155,6 +181,8 @@ class MMDiTBlock(nn.Module):
             dim_head,
             heads,
             qk_rmsnorm=qk_rmsnorm,
+            rope=rope,
+            rope_interleaved=rope_interleaved,
             dropout=dropout,
             softcap=softcap,
             backend=backend,
@@ -180,6 +208,7 @@ class MMDiTBlock(nn.Module):
         time_cond: Tensor | None = None,
         present: Present | None = None,
         return_aux: AuxRequest | None = None,
+        positions: Masks | None = None,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, ...], list[AuxOutput]]:
         views = gather_streams(
             modality_tokens, self.dim_modalities, modality_masks, present, "modality_tokens", "modality_masks"
@@ -189,7 +218,7 @@ class MMDiTBlock(nn.Module):
             _modulate(norm(view.tokens), m[:2])
             for norm, view, m in zip(self.attn_layernorms, views, modulations, strict=True)
         ]
-        attended, aux = self.joint_attn.attend(normed, views, return_aux)
+        attended, aux = self.joint_attn.attend(normed, views, return_aux, positions)
         everything = modality_masks is None and present is None
         results = []
         for s, (view, m) in enumerate(zip(views, modulations, strict=True)):

@@ -55,6 +55,9 @@ def merge_heads(out: Tensor) -> Tensor:
     return out.transpose(1, 2).flatten(2)
 
 
+HEAD_NORM_EPS = 1e-6
+
+
 class HeadNorm(nn.RMSNorm):
     """RMSNorm over each head of (B, N, H, D), in the dtype it was given.
 
@@ -64,7 +67,7 @@ class HeadNorm(nn.RMSNorm):
     """
 
     def __init__(self, head_dim: int) -> None:
-        super().__init__(head_dim, eps=1e-6)
+        super().__init__(head_dim, eps=HEAD_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnfuse.functional import multi_source_attention
 from attnfuse.nn.heads import (
+    HEAD_NORM_EPS,
     HeadNorm,
     KeyValueProjection,
     QueryProjection,
@@ -19,7 +20,9 @@ from attnfuse.nn.heads import (
     split_heads,
 )
 from attnfuse.nn.modalities import check_dims, gather_modalities, key_mask
+from attnfuse.nn.rope import RotaryEmbedding, check_rope, rotation
 from attnfuse.problem import AuxOutput, AuxRequest, Source
+from attnfuse.rope import qk_norm_rope
 
 Window = tuple[int | None, int | None]
 
@@ -45,7 +48,7 @@ class BranchOptions(AttentionOptions, total=False):
 class SelfAttention(nn.Module):
     """Multi-head self-attention with every switch of today's models.
 
-        q, k, v = x·Wq, x·Wk, x·Wv        out = Wo · attention(norm(q), norm(k), v)
+        q, k, v = x·Wq, x·Wk, x·Wv        out = Wo · attention(rotate(norm(q)), rotate(norm(k)), v)
 
     Args:
         embed_dim: size E of a token.
@@ -55,15 +58,19 @@ class SelfAttention(nn.Module):
         bias: whether the projections have a bias.
         dropout: on attention probabilities, in training only.
         qk_norm: RMSNorm on each head of q and k before the product.
+        rope: rotary position embedding of q and k, of at most the head's size; one `RotaryEmbedding` may serve all
+            layers, it has nothing to train or save. Norm and rotation are one pass: `attnfuse.rope.qk_norm_rope`.
+        rope_interleaved: which elements of a head form a pair, as `interleaved` in `qk_norm_rope`.
         is_causal, window: the mask by position; window is (left, right), None or -1 unbounded.
         softcap: z -> softcap · tanh(z / softcap) on the logits (Gemma 2).
         backend: name of a backend, or None for the documented order.
 
-    forward(x, mask=None): x (B, N, E) -> (B, N, E). mask is (B,) integer lengths, (B, N) bool, or anything
-    that broadcasts to (B, H, N, N), bool or additive float; True = attend. Tokens that a length or a (B, N)
-    mask leaves out are set to 0 first: what padding holds reaches neither outputs nor gradients.
+    forward(x, mask=None, positions=None): x (B, N, E) -> (B, N, E). mask is (B,) integer lengths, (B, N) bool, or
+    anything that broadcasts to (B, H, N, N), bool or additive float; True = attend. Tokens that a length or a (B, N)
+    mask leaves out are set to 0 first: what padding holds reaches neither outputs nor gradients. positions is what
+    `rope` turns by, as it takes them: (N,) or (B, N), with several axes (..., axes); default 0 .. N - 1.
 
-    Raises ValueError for sizes that do not fit together.
+    Raises ValueError for sizes that do not fit together, and for positions without a rope.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class SelfAttention(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         qk_norm: bool = False,
+        rope: RotaryEmbedding | None = None,
+        rope_interleaved: bool = False,
         is_causal: bool = False,
         window: Window | None = None,
         softcap: float | None = None,
@@ -86,22 +95,37 @@ class SelfAttention(nn.Module):
         self.heads = plan_heads(embed_dim, num_heads, num_kv_heads, head_dim)
         self.dropout = check_dropout(dropout)
         self.is_causal, self.window, self.softcap, self.backend = is_causal, window, softcap, backend
+        self.rope, self.rope_interleaved = check_rope(rope, self.heads.dim), rope_interleaved
         inner = self.heads.query * self.heads.dim
         self.qkv_proj = nn.Linear(embed_dim, inner + 2 * self.heads.key * self.heads.dim, bias=bias)
         self.q_norm: nn.Module = HeadNorm(self.heads.dim) if qk_norm else nn.Identity()
         self.k_norm: nn.Module = HeadNorm(self.heads.dim) if qk_norm else nn.Identity()
         self.out_proj = nn.Linear(inner, embed_dim, bias=bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """query (B, Hq, N, D), key and value (B, Hkv, N, D): views of one matrix product."""
+    def project(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """query (B, Hq, N, D), key and value (B, Hkv, N, D): views of one matrix product, or normed and rotated."""
         hq, hk, _ = self.heads
-        query, key, value = split_heads(self.qkv_proj(x), hq + 2 * hk).split_with_sizes((hq, hk, hk), dim=2)
-        return self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2), value.transpose(1, 2)
+        parts = split_heads(self.qkv_proj(x), hq + 2 * hk).transpose(1, 2).split_with_sizes((hq, hk, hk), dim=1)
+        query, key, value = parts
+        cos, sin = rotation(self.rope, x.shape[1], positions)
+        if isinstance(self.q_norm, HeadNorm) or cos is not None:
+            query, key = qk_norm_rope(
+                query,
+                key,
+                getattr(self.q_norm, "weight", None),
+                getattr(self.k_norm, "weight", None),
+                cos,
+                sin,
+                eps=HEAD_NORM_EPS,
+                interleaved=self.rope_interleaved,
+                backend="reference" if self.backend == "reference" else None,
+            )
+        return query, key, value
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         _check_tokens("x", x, self.embed_dim)
         x, mask = _drop_padding(x, mask)
-        query, key, value = self.project(x)
+        query, key, value = self.project(x, positions)
         out = multi_source_attention(
             query,
             [Source(key, value, mask=mask, is_causal=self.is_causal, window=self.window)],

@@ -75,6 +75,32 @@ class RotaryEmbedding(nn.Module):
         return f"{self.dim}, base={self.base:g}" + (f", axes={self.axes}" if len(self.axes) > 1 else "")
 
 
+def check_rope(rope: RotaryEmbedding | None, head_dim: int) -> RotaryEmbedding | None:
+    """`rope`, checked to fit a head of that size."""
+    if rope is None:
+        return None
+    if not isinstance(rope, RotaryEmbedding):
+        raise TypeError(f"rope must be a RotaryEmbedding or None, got {type(rope).__name__}")
+    if rope.dim > head_dim:
+        raise ValueError(f"rope must rotate at most the {head_dim} elements of a head, got dim={rope.dim}")
+    return rope
+
+
+def rotation(
+    rope: RotaryEmbedding | None, length: int, positions: Tensor | None, argument: str = "positions"
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """cos and sin for `length` tokens, numbered from 0 where no positions are given; None and None without a rope."""
+    if rope is None:
+        if positions is not None:
+            raise ValueError(f"{argument} must be None where rope was not given")
+        return None, None
+    if positions is None:
+        return rope(length)
+    if isinstance(positions, Tensor) and length not in positions.shape[:2]:
+        raise ValueError(f"{argument} must have one entry for each of {length} tokens, got {tuple(positions.shape)}")
+    return rope(positions)
+
+
 class QKNormRope(nn.Module):
     """`attnfuse.rope.qk_norm_rope` with the norms' weights: what stands between a projection and attention.
 
