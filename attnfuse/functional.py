@@ -206,6 +206,39 @@ def varlen_attention(
     Returns:
         out (Tq, Hq, Dv); with `return_aux` also AuxOutput: lse (Tq, Hq), source_mass (Tq, Hq, 1).
     """
+    problem, rows, _ = _varlen_problem(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, return_aux, scale, window_size, enable_gqa,
+        seqused_k, dropout_p, softcap, alibi_slopes, sinks,
+    )  # fmt: skip
+    out, lse, mass = _run(problem, backend)
+    packed_rows = _packed_index(cu_seq_q, rows, query.shape[0])
+    out = out.transpose(1, 2)[packed_rows]
+    if return_aux is None:
+        return out
+    mass = mass.transpose(1, 2)[packed_rows] if problem.want_mass else mass
+    return out, _aux(return_aux, lse.transpose(1, 2)[packed_rows], mass)
+
+
+def _varlen_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    return_aux: AuxRequest | None,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor | None,
+    dropout_p: float,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Problem, Tensor, Tensor]:
+    """The padded problem of a `varlen_attention` call, and the lengths (N,) of its queries and of its keys."""
     cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
     for name, packed in (("query", query), ("key", key), ("value", value)):
         if not isinstance(packed, Tensor) or packed.dim() != 3:
@@ -240,13 +273,7 @@ def varlen_attention(
         # Equal lengths need no offsets, and without them more backends can serve the call; a GPU is not asked.
         if not is_readable(offsets) or bool(offsets.any()):
             bound.offsets = offsets
-    out, lse, mass = _run(problem, backend)
-    packed_rows = _packed_index(cu_seq_q, rows, query.shape[0])
-    out = out.transpose(1, 2)[packed_rows]
-    if return_aux is None:
-        return out
-    mass = mass.transpose(1, 2)[packed_rows] if problem.want_mass else mass
-    return out, _aux(return_aux, lse.transpose(1, 2)[packed_rows], mass)
+    return problem, rows, columns
 
 
 class Explanation(NamedTuple):
