@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import dispatch, ops
+from . import dispatch, ops, transforms
 from .autograd import Attention
-from .problem import AuxOutput, AuxRequest, Problem, Source, Stream, bind, sort_mask
+from .problem import AuxOutput, AuxRequest, Problem, Source, Stream, bind, is_readable, sort_mask
 
 Window = tuple[int | None, int | None]
+# Held from the start: attnfuse.integrations.torch.patch_sdpa puts `attention` in its place.
+_torch_attention = F.scaled_dot_product_attention
 
 
 def attention(
@@ -203,6 +206,39 @@ def varlen_attention(
     Returns:
         out (Tq, Hq, Dv); with `return_aux` also AuxOutput: lse (Tq, Hq), source_mass (Tq, Hq, 1).
     """
+    problem, rows, _ = _varlen_problem(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, return_aux, scale, window_size, enable_gqa,
+        seqused_k, dropout_p, softcap, alibi_slopes, sinks,
+    )  # fmt: skip
+    out, lse, mass = _run(problem, backend)
+    packed_rows = _packed_index(cu_seq_q, rows, query.shape[0])
+    out = out.transpose(1, 2)[packed_rows]
+    if return_aux is None:
+        return out
+    mass = mass.transpose(1, 2)[packed_rows] if problem.want_mass else mass
+    return out, _aux(return_aux, lse.transpose(1, 2)[packed_rows], mass)
+
+
+def _varlen_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    is_causal: bool,
+    return_aux: AuxRequest | None,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor | None,
+    dropout_p: float,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Problem, Tensor, Tensor]:
+    """The padded problem of a `varlen_attention` call, and the lengths (N,) of its queries and of its keys."""
     cu_seq_k = cu_seq_q if cu_seq_k is None else cu_seq_k
     for name, packed in (("query", query), ("key", key), ("value", value)):
         if not isinstance(packed, Tensor) or packed.dim() != 3:
@@ -235,15 +271,9 @@ def varlen_attention(
     if bound.is_banded() or alibi_slopes is not None:
         offsets = (lengths - rows).to(torch.int32)
         # Equal lengths need no offsets, and without them more backends can serve the call; a GPU is not asked.
-        if query.device.type != "cpu" or torch.compiler.is_compiling() or bool(offsets.any()):
+        if not is_readable(offsets) or bool(offsets.any()):
             bound.offsets = offsets
-    out, lse, mass = _run(problem, backend)
-    packed_rows = _packed_index(cu_seq_q, rows, query.shape[0])
-    out = out.transpose(1, 2)[packed_rows]
-    if return_aux is None:
-        return out
-    mass = mass.transpose(1, 2)[packed_rows] if problem.want_mass else mass
-    return out, _aux(return_aux, lse.transpose(1, 2)[packed_rows], mass)
+    return problem, rows, columns
 
 
 class Explanation(NamedTuple):
@@ -412,7 +442,7 @@ def _torchs_own(
         try:
             with torch.no_grad():
                 q, k, v, mask = attempt
-                F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+                _torch_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         except (RuntimeError, TypeError, ValueError, IndexError) as theirs:
             return type(theirs)(f"{ours} (torch: {str(theirs).strip()})")
     return ours
@@ -443,13 +473,20 @@ def _run(problem: Problem, backend: str | None) -> tuple[Tensor, Tensor, Tensor]
     if name == "reference":
         with torch.autocast(problem.query.device.type, enabled=False):
             return module.forward(problem)  # type: ignore[no-any-return]
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return ops.call_forward(problem, name)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _run_transformed(problem, name)
     if torch.is_grad_enabled():
         tensors = problem.tensors()
         if any(x is not None and x.requires_grad for x in tensors):
             return Attention.apply(name, problem, *tensors)  # type: ignore[no-any-return]
     return module.forward(problem)  # type: ignore[no-any-return]
+
+
+def _run_transformed(problem: Problem, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    rest = (problem.layout(), problem.scale, problem.softcap, problem.dropout_p, problem.want_mass)
+    return transforms.Attention.apply(name, rest, *problem.tensors())  # type: ignore[no-any-return]
 
 
 def _run_per_source(problem: Problem, weights: list[Any], backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -494,7 +531,7 @@ def _unpack(name: str, cu_seq: Tensor, limit_name: str, limit: int, total: int) 
     if not isinstance(cu_seq, Tensor) or cu_seq.dim() != 1 or cu_seq.dtype.is_floating_point or cu_seq.numel() < 2:
         raise ValueError(f"{name} must be a 1-D int tensor of cumulative lengths (N + 1,), got {cu_seq!r}")
     lengths = cu_seq.diff().to(torch.int32)
-    if cu_seq.device.type == "cpu" and not torch.compiler.is_compiling():
+    if is_readable(cu_seq):
         first, last, longest, shortest = int(cu_seq[0]), int(cu_seq[-1]), int(lengths.max()), int(lengths.min())
         if first != 0 or last != total or shortest < 0:
             raise ValueError(f"{name} must rise from 0 to the {total} tokens given, got {cu_seq.tolist()}")

@@ -5,7 +5,8 @@
 
 tensors are those of Problem.tensors() that are there, given tells which those are, layout is Problem.layout().
 
-Eager calls take attnfuse.autograd instead, which costs less per call.
+Eager calls take attnfuse.autograd instead, which costs less per call; those under a dispatch mode (fake tensors,
+FlopCounterMode, selective checkpointing) come here, so that the mode sees one operator whatever the backend.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, flops
 from .problem import Problem, empty_output
 
 _SCALARS = "bool[] given, SymInt[] layout, float scale, float softcap, float dropout_p, bool want_mass, str backend"
@@ -35,10 +36,32 @@ def _spread(tensors: Sequence[Tensor], given: Sequence[bool]) -> list[Tensor | N
 
 def call_forward(problem: Problem, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """The forward operator on `problem`."""
+    if not torch.compiler.is_compiling():
+        flops.register_if_counting(torch.ops.attnfuse.forward, torch.ops.attnfuse.backward)
     tensors = problem.tensors()
     return torch.ops.attnfuse.forward(  # type: ignore[no-any-return]
         [x for x in tensors if x is not None], [x is not None for x in tensors], problem.layout(),
         problem.scale, problem.softcap, problem.dropout_p, problem.want_mass, backend,
+    )  # fmt: skip
+
+
+def call_backward(
+    problem: Problem,
+    backend: str,
+    out: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The backward operator on `problem`; `needs` is aligned with `problem.tensors()`."""
+    tensors = problem.tensors()
+    return torch.ops.attnfuse.backward(  # type: ignore[no-any-return]
+        [x for x in tensors if x is not None], [x is not None for x in tensors], problem.layout(),
+        problem.scale, problem.softcap, problem.dropout_p, problem.want_mass, backend,
+        out, lse, mass, grad_out, grad_lse, grad_mass, [n for n, x in zip(needs, tensors) if x is not None],
     )  # fmt: skip
 
 

@@ -317,9 +317,16 @@ def _check_key_value(name: str, query: Tensor, source: Source, first: Source, en
             raise ValueError(f"query's heads ({heads}) must be a multiple of {name}key's heads, got {key.shape[1]}")
 
 
+def is_readable(x: Tensor) -> bool:
+    """Whether Python may look at x's numbers: no GPU is waited for, and nothing fake, mapped or traced is read."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 def _check_lengths(name: str, lengths: Tensor, limit: int) -> None:
     # On a GPU reading the values would stop the stream, so kernels clamp them to [0, Ns] instead.
-    if lengths.device.type != "cpu" or torch.compiler.is_compiling() or lengths.numel() == 0:
+    if not is_readable(lengths) or lengths.numel() == 0:
         return
     low, high = (int(x) for x in torch.aminmax(lengths))
     if low < 0:

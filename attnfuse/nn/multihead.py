@@ -70,6 +70,19 @@ class MultiheadAttention(nn.MultiheadAttention):
             device,
             dtype,
         )
+        self._set_up(backend)
+
+    @staticmethod
+    def adopt(module: nn.MultiheadAttention, backend: str | None = None) -> MultiheadAttention:
+        """A plain nn.MultiheadAttention changed to this class in place: parameters and hooks stay its own."""
+        if type(module) is not nn.MultiheadAttention:
+            raise TypeError(f"module must be a plain nn.MultiheadAttention, got {type(module).__name__}")
+        module.__class__ = MultiheadAttention
+        assert isinstance(module, MultiheadAttention)
+        module._set_up(backend)
+        return module
+
+    def _set_up(self, backend: str | None) -> None:
         self.backend = backend
         # nn.TransformerEncoderLayer skips its fused kernel, which never calls self_attn, if any submodule has
         # a hook: the one condition that can hold here without misreporting how the weights are laid out.
