@@ -12,6 +12,7 @@ import torch
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block may use
 INTERPRETER = 0  # the "architecture" of TRITON_INTERPRET=1
+INTERPRETER_MULTIPROCESSORS = 132  # an H100's, so that what the interpreter proves is what runs there
 
 
 class Tile(NamedTuple):
@@ -73,3 +74,63 @@ def tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, heavy: bool =
     # sm_120 has sm_80's instructions; what is not known is served as the oldest.
     family = 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
     return _HALF[family][bucket][pass_]
+
+
+# Few queries, long keys: rows are the packed ones of triton_kernels/packed.py, group Nq of them.
+#
+# A split costs a partial of 4 Dv bytes a row, written and read once; its keys cost (D + Dv) times 2 or 4 bytes. From
+# 4 rows keys on, the partials are at most half of the keys' bytes, and they stay in the second-level cache.
+MIN_KEYS = 256  # that a split must have
+KEYS_PER_ROW = 4
+WAVES = 2  # programs for each multiprocessor that splitting aims at
+MAX_SPLITS = 256
+
+
+def splits(programs: int, keys: int, rows: int, multiprocessors: int) -> int:
+    """How many ways `keys` visible columns are split where `programs` times that many programs would run."""
+    by_keys = keys // max(MIN_KEYS, KEYS_PER_ROW * rows)
+    by_programs = WAVES * multiprocessors // max(programs, 1)
+    return max(1, min(by_keys, by_programs, MAX_SPLITS))
+
+
+# 16 bit, {padded head dim: {pass: (most rows, columns of a tile up to 32 rows, and above, warps, stages)}}
+_FEW = {
+    64: {"split": (128, 128, 64, 4, 3), "few": (128, 128, 64, 4, 2)},
+    128: {"split": (128, 64, 64, 4, 3), "few": (128, 64, 64, 8, 2)},
+    256: {"split": (64, 64, 32, 8, 2), "few": (64, 64, 32, 8, 1)},
+}
+_FEW_SINGLE = {
+    64: {"split": (32, 32, 32, 8, 1), "few": (32, 32, 32, 8, 1)},
+    128: {"split": (32, 32, 32, 8, 1), "few": (32, 32, 32, 8, 1)},
+    256: {"split": (16, 16, 16, 8, 1), "few": (16, 16, 16, 8, 1)},
+}
+
+
+def few_tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, rows: int, heavy: bool = False) -> Tile:
+    """The tile of "split" (forward) or "few" (backward) for `rows` packed rows; block_m may be less than rows.
+
+    The forward then takes several tiles of rows. The backward has room for no more than one: it serves rows only up
+    to its largest block_m.
+    """
+    if arch == INTERPRETER:
+        most, narrow, wide, warps, stages = (32 if pass_ == "split" else 128), 16, 16, 4, 1
+    else:
+        table = _FEW_SINGLE if dtype == torch.float32 else _FEW
+        most, narrow, wide, warps, stages = table[max(64, padded(head_dim))][pass_]
+        if heavy and dtype != torch.float32:
+            narrow, wide, stages = narrow // 2, wide // 2, 1
+    block_m = min(padded(rows), most)
+    return Tile(block_m, narrow if block_m <= 32 else wide, warps, stages)
+
+
+class MergeTile(NamedTuple):
+    block_r: int  # rows of (B, Hq, Nq)
+    chunk: int  # splits at once
+    num_warps: int
+
+
+def merge_tile(arch: int, head_dim: int) -> MergeTile:
+    """How the partials of splits are added up, head dim being that of what is added."""
+    if arch == INTERPRETER:
+        return MergeTile(64, 2, 4)
+    return MergeTile(max(1, 256 // max(64, padded(head_dim))), 16, 4)
