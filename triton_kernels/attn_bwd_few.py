@@ -11,8 +11,8 @@ queries are, and p and ds are left operands.
 
 Grids, each one axis:
 
-    attn_bwd_few         splits * Hkv * B, splits fastest. A program owns one split's run of column tiles in all sources,
-                         and writes zeros to every splits-th of the tiles that no row sees
+    attn_bwd_few         splits * Hkv * B, splits fastest. A program owns one split's run of column tiles in all
+                         sources, and writes zeros to every splits-th of the tiles that no row sees
 
                rows ->        keys:
       keys   # # # # |        # full: nothing is looked at. Rows past the last, and dead rows (lse -inf), are read as
@@ -114,10 +114,15 @@ def few_tile(
 
 
 @triton.jit
-def store_zeros(ptr, stride, first, stop, step, columns, BLOCK_N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
-    """Zero tiles first, first + step, .. below stop of a (columns, D) matrix."""
-    for tile in range(first, stop, step):
-        zero = tl.zeros((BLOCK_N, D_PAD), tl.float32)
+def store_zeros(
+    ptr, stride, split, splits, zero_to, zero_from, columns, BLOCK_N: tl.constexpr, D: tl.constexpr,
+    D_PAD: tl.constexpr,
+):  # fmt: skip
+    """This split's part of the tiles before zero_to and from zero_from on, of a (columns, D) matrix."""
+    zero = tl.zeros((BLOCK_N, D_PAD), tl.float32)
+    for tile in range(split, zero_to, splits):
+        store_rows(ptr, stride, tile * BLOCK_N, BLOCK_N, D, D_PAD, columns, zero)
+    for tile in range(zero_from + split, tl.cdiv(columns, BLOCK_N), splits):
         store_rows(ptr, stride, tile * BLOCK_N, BLOCK_N, D, D_PAD, columns, zero)
 
 
@@ -208,15 +213,16 @@ def attn_bwd_few(
             tl.store(sums + (to * SOURCES + s) * 2 + 1, p_sum, mask=inside)
 
         # Tiles before the first visible one and behind the last: nobody's share, everybody's part.
-        count = tl.cdiv(source.columns, BLOCK_N)
-        seen_first = tl.minimum(lo // BLOCK_N, count)
-        seen_end = tl.maximum(tl.cdiv(hi, BLOCK_N), seen_first)
+        zero_to = tl.minimum(lo // BLOCK_N, tl.cdiv(source.columns, BLOCK_N))
+        zero_from = tl.maximum(tl.cdiv(hi, BLOCK_N), zero_to)
         if grad_key is not None:
-            store_zeros(grad_keys, grad_key.row, split, seen_first, splits, source.columns, BLOCK_N, D, D_PAD)
-            store_zeros(grad_keys, grad_key.row, seen_end + split, count, splits, source.columns, BLOCK_N, D, D_PAD)
+            store_zeros(
+                grad_keys, grad_key.row, split, splits, zero_to, zero_from, source.columns, BLOCK_N, D, D_PAD
+            )  # fmt: skip
         if grad_value is not None:
-            store_zeros(grad_values, grad_value.row, split, seen_first, splits, source.columns, BLOCK_N, DV, DV_PAD)
-            store_zeros(grad_values, grad_value.row, seen_end + split, count, splits, source.columns, BLOCK_N, DV, DV_PAD)
+            store_zeros(
+                grad_values, grad_value.row, split, splits, zero_to, zero_from, source.columns, BLOCK_N, DV, DV_PAD
+            )  # fmt: skip
     if far_sums is not None:
         tl.store(far_sums + to * 2, dz_far, mask=inside)
         tl.store(far_sums + to * 2 + 1, p_far, mask=inside)

@@ -158,12 +158,13 @@ def attn_fwd_combine(
     d = tl.arange(0, DV_PAD)
     acc = tl.zeros((BLOCK_R, DV_PAD), tl.float32)
     for start in range(0, splits, CHUNK):
-        p = start + tl.arange(0, CHUNK)
-        at = tl.cast(p, tl.int64)[None, :] * all_rows + r[:, None]  # (BLOCK_R, CHUNK)
-        m = tl.load(maxima_ptr + at, mask=inside[:, None] & (p < splits)[None, :], other=float("-inf"))
-        saw = (m != float("-inf"))[:, :, None] & (d < DV)[None, None, :]
-        x = tl.load(partial + at[:, :, None] * DV + d[None, None, :], mask=saw, other=0.0)  # (BLOCK_R, CHUNK, DV_PAD)
-        acc += tl.sum(x * power(m - top[:, None], shared)[:, :, None], 1)
+        some = start + tl.arange(0, CHUNK)
+        some_at = tl.cast(some, tl.int64)[None, :] * all_rows + r[:, None]  # (BLOCK_R, CHUNK)
+        some_there = inside[:, None] & (some < splits)[None, :]
+        some_m = tl.load(maxima_ptr + some_at, mask=some_there, other=float("-inf"))
+        saw = (some_m != float("-inf"))[:, :, None] & (d < DV)[None, None, :]
+        x = tl.load(partial + some_at[:, :, None] * DV + d[None, None, :], mask=saw, other=0.0)
+        acc += tl.sum(x * power(some_m - top[:, None], shared)[:, :, None], 1)  # over (BLOCK_R, CHUNK, DV_PAD)
     acc = acc / l[:, None]
     rows = tl.cast(b, tl.int64) * out.batch + tl.cast(h, tl.int64) * out.head + tl.cast(i, tl.int64) * out.row
     to = out.ptr + rows[:, None] + d[None, :]

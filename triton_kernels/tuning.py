@@ -93,16 +93,37 @@ def splits(programs: int, keys: int, rows: int, multiprocessors: int) -> int:
     return max(1, min(by_keys, by_programs, MAX_SPLITS))
 
 
-# 16 bit, {padded head dim: {pass: (most rows, columns of a tile up to 32 rows, and above, warps, stages)}}
+class FewTile(NamedTuple):
+    """A tile's columns, warps and stages for up to 16 rows and for more, and the most rows it takes."""
+
+    most: int
+    narrow: tuple[int, int, int]
+    wide: tuple[int, int, int]
+
+
+# 16 bit, {family: {padded head dim: tile}}. The backward's bound is registers: q, dout, dq and four tiles of float32.
+_SPLIT = {
+    64: FewTile(128, (128, 4, 3), (64, 4, 3)),
+    128: FewTile(128, (64, 4, 3), (64, 8, 2)),
+    256: FewTile(64, (32, 4, 2), (32, 8, 2)),
+}
 _FEW = {
-    64: {"split": (128, 128, 64, 4, 3), "few": (128, 128, 64, 4, 2)},
-    128: {"split": (128, 64, 64, 4, 3), "few": (128, 64, 64, 8, 2)},
-    256: {"split": (64, 64, 32, 8, 2), "few": (64, 64, 32, 8, 1)},
+    # sm_80 keeps what stays, q and dout, in registers as the operands of four products.
+    80: {
+        64: FewTile(128, (128, 4, 2), (32, 8, 2)),
+        128: FewTile(32, (64, 8, 2), (32, 4, 2)),
+        256: FewTile(16, (32, 8, 1), (32, 8, 1)),
+    },
+    90: {
+        64: FewTile(128, (128, 4, 2), (32, 8, 2)),
+        128: FewTile(128, (64, 8, 2), (32, 8, 2)),
+        256: FewTile(32, (32, 8, 1), (32, 8, 1)),
+    },
 }
 _FEW_SINGLE = {
-    64: {"split": (32, 32, 32, 8, 1), "few": (32, 32, 32, 8, 1)},
-    128: {"split": (32, 32, 32, 8, 1), "few": (32, 32, 32, 8, 1)},
-    256: {"split": (16, 16, 16, 8, 1), "few": (16, 16, 16, 8, 1)},
+    64: FewTile(32, (32, 8, 1), (32, 8, 1)),
+    128: FewTile(32, (16, 8, 1), (16, 8, 1)),
+    256: FewTile(16, (16, 8, 1), (16, 8, 1)),
 }
 
 
@@ -112,15 +133,20 @@ def few_tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, rows: int
     The forward then takes several tiles of rows. The backward has room for no more than one: it serves rows only up
     to its largest block_m.
     """
+    bucket = max(64, padded(head_dim))
     if arch == INTERPRETER:
-        most, narrow, wide, warps, stages = (32 if pass_ == "split" else 128), 16, 16, 4, 1
+        table = FewTile(32 if pass_ == "split" else 128, (32, 4, 1), (32, 4, 1))
+    elif dtype == torch.float32:
+        table = _FEW_SINGLE[bucket]
+    elif pass_ == "split":
+        table = _SPLIT[bucket]
     else:
-        table = _FEW_SINGLE if dtype == torch.float32 else _FEW
-        most, narrow, wide, warps, stages = table[max(64, padded(head_dim))][pass_]
-        if heavy and dtype != torch.float32:
-            narrow, wide, stages = narrow // 2, wide // 2, 1
-    block_m = min(padded(rows), most)
-    return Tile(block_m, narrow if block_m <= 32 else wide, warps, stages)
+        table = _FEW[90 if 90 <= arch < 120 else 80][bucket]
+    block_m = min(padded(rows), table.most)
+    block_n, warps, stages = table.narrow if block_m == 16 else table.wide
+    if heavy and dtype != torch.float32 and arch != INTERPRETER:
+        block_n, stages = max(16, block_n // 2), 1
+    return Tile(block_m, block_n, warps, stages)
 
 
 class MergeTile(NamedTuple):
@@ -132,5 +158,5 @@ class MergeTile(NamedTuple):
 def merge_tile(arch: int, head_dim: int) -> MergeTile:
     """How the partials of splits are added up, head dim being that of what is added."""
     if arch == INTERPRETER:
-        return MergeTile(64, 2, 4)
+        return MergeTile(128, 2, 4)
     return MergeTile(max(1, 256 // max(64, padded(head_dim))), 16, 4)

@@ -44,7 +44,7 @@ def rejects(problem: Problem) -> str | None:
 
 
 def describe(problem: Problem) -> str:
-    """The path and the tiles a call would use, for `explain`; the backward is told as if all gradients were asked for."""
+    """The path and the tiles a call would use, for `explain`; the backward as if every gradient were asked for."""
     ahead, back = plan_forward(problem), plan_backward(problem, _trains_a_mask(problem))
     told = []
     for name, plan, few, passes in (("forward", ahead, "split", ("fwd",)), ("backward", back, "few", ("dq", "dkdv"))):
@@ -62,8 +62,9 @@ class Plan(NamedTuple):
 
 
 def plan_forward(problem: Problem) -> Plan:
-    """The keys are split where the plain grid, a program for each row tile and head, leaves multiprocessors idle.
+    """The keys are split where the plain grid, a program for each row tile and head, leaves half the chip idle.
 
+    Above that, what is left to gain is about what a second launch and the partials cost (bench/few_queries.py).
     Partials take 4 splits B Hq Nq (Dv + 1 + S) bytes (S = 1 where mass is not wanted). Splits are so many that at most
     2 programs for each multiprocessor run, of at most 128 rows each: whatever the lengths, that is no more than
     1024 (Dv + 1 + S) bytes for each multiprocessor, 18 MB on an H100 at Dv 128 with one source.
@@ -73,8 +74,8 @@ def plan_forward(problem: Problem) -> Plan:
     batch, heads, rows, _ = problem.query.shape
     plain = batch * heads * -(-rows // _tile(problem, "fwd").block_m)
     multiprocessors = _multiprocessors(problem)
-    if plain >= multiprocessors:
-        return Plan(0, f"plain, its {plain} programs fill {multiprocessors} multiprocessors")
+    if 2 * plain > multiprocessors:
+        return Plan(0, f"plain, its {plain} programs occupy more than half of {multiprocessors} multiprocessors")
     packed = problem.group * rows
     tiles = -(-packed // _few_tile(problem, "split").block_m)
     programs = batch * problem.sources[0].key.shape[1] * tiles
@@ -84,16 +85,16 @@ def plan_forward(problem: Problem) -> Plan:
         return Plan(0, f"plain, {keys} visible keys are too few to be split")
     return Plan(
         found,
-        f"keys split {found} ways, {programs * found} programs, "
-        f"where the plain kernel's {plain} would leave {multiprocessors - plain} of {multiprocessors} multiprocessors idle",
+        f"keys split {found} ways, {programs * found} programs, where the plain kernel's {plain} would leave "
+        f"{multiprocessors - plain} of {multiprocessors} multiprocessors idle",
     )
 
 
 def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
     """Query-stationary where the packed rows fit one tile, keys are long, and no float mask wants its gradient.
 
-    Partials take 4 splits B Hq Nq (D + 2 S + 2) bytes at most, and nothing but row sums with one split; the splits are
-    bounded as in `plan_forward`.
+    Partials take 4 splits B Hq Nq (D + 2 S + 2) bytes at most, and nothing but row sums with one split; the splits
+    are bounded as in `plan_forward`. Also where the plain grid fills the chip: K and V are read once instead of twice.
     need_pairs: the gradient of some source's (i, j) mask is asked for.
     """
     from ..triton_kernels.tuning import splits
@@ -106,7 +107,8 @@ def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
         return Plan(0, f"plain, {keys} visible keys are not long for {packed} rows")
     programs = problem.query.shape[0] * problem.sources[0].key.shape[1]
     found = splits(programs, keys, packed, _multiprocessors(problem))
-    return Plan(found, f"query-stationary, {packed} rows in a tile, keys split {found} ways, {programs * found} programs")
+    told = f"query-stationary, {packed} rows in a tile, keys split {found} ways, {programs * found} programs"
+    return Plan(found, told)
 
 
 def few_refuses(problem: Problem, need_pairs: bool) -> str | None:
@@ -384,10 +386,9 @@ def _few(
         (empty_rows(source.key) if need_key else None, empty_rows(source.value) if need_value else None)
         for source, (need_key, need_value) in zip(problem.sources, need_columns)
     ]
-    if lse.numel() == 0:
-        # Without rows nothing is launched, and no key has a gradient.
-        for key, value in columns:
-            _ = key.zero_() if key is not None else None, value.zero_() if value is not None else None
+    if lse.numel() == 0:  # nothing is launched
+        for x in (x for pair in columns for x in pair if x is not None):
+            x.zero_()
     sums = lse.new_empty((splits, *lse.shape, len(problem.sources), 2)) if need_sums else None
     far_sums = lse.new_empty((splits, *lse.shape, 2)) if need_far_sums else None
     partial = lse.new_empty((splits, *query.shape)) if need_query and splits > 1 else None
