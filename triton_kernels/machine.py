@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..machine import cuobjdump, loops
-from .tuning import SHARED_LIMIT, padded, tile
+from .tuning import SHARED_LIMIT, Tile, few_tile, merge_tile, padded, tile
 
 ARCHS = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-PASSES = ("fwd", "dq", "dkdv")
+# Few queries: "split" and "few" at the most packed rows a tile has, "split16" and "few16" at 16; what adds partials up.
+PASSES = ("fwd", "dq", "dkdv", "split", "split16", "combine", "few", "few16", "reduce")
 VARIANTS = ("plain", "causal", "everything")
 
 
@@ -74,6 +75,18 @@ def _product(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
     return rows
 
 
+def tile_of(config: Config) -> Tile:
+    """The tile a configuration is compiled with; for partials block_m rows and block_n splits at once."""
+    dtype, heavy = DTYPES[config.dtype], config.variant == "everything"
+    if config.pass_ in ("combine", "reduce"):
+        merge = merge_tile(config.arch, config.head_dim)
+        return Tile(merge.block_r, merge.chunk, merge.num_warps, 1)
+    if config.pass_ in ("fwd", "dq", "dkdv"):
+        return tile(config.arch, dtype, config.head_dim, config.pass_, heavy)
+    rows = 16 if config.pass_.endswith("16") else 128
+    return few_tile(config.arch, dtype, config.head_dim, config.pass_.removesuffix("16"), rows, heavy)
+
+
 def _stand_in(arch: int) -> Any:
     """What `triton.runtime.driver.active` must answer while a kernel is only compiled."""
     from triton.backends.compiler import GPUTarget
@@ -99,7 +112,9 @@ def _arguments(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
     from triton.runtime.jit import MockTensor
 
     from .attn_bwd import attn_bwd_dkdv, attn_bwd_dq
+    from .attn_bwd_few import attn_bwd_few, attn_bwd_few_reduce
     from .attn_fwd import attn_fwd
+    from .attn_fwd_split import attn_fwd_combine, attn_fwd_split
     from .tile import Shared, Source, Strided
 
     dtype, dim = DTYPES[config.dtype], config.head_dim
@@ -126,7 +141,7 @@ def _arguments(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
             bias_batch=16, bias_head=32, offset=16, left=512, right=256, column=4096,
         )  # fmt: skip
     sources = (plain, source) if everything else (plain,)
-    t = tile(config.arch, dtype, dim, config.pass_, everything)
+    t = tile_of(config)
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "D_PAD": padded(dim), "DV_PAD": padded(dim), "BLOCK_M": t.block_m, "BLOCK_N": t.block_n,
         "SOURCES": len(sources), "PRECISION": "ieee", "num_warps": t.num_warps, "num_stages": t.num_stages,
@@ -138,6 +153,23 @@ def _arguments(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
         return attn_bwd_dq, [
             strided(), strided(), f32, f32, mass, strided(), mass, mass, sources, shared, 0.125, 32,
         ], constants  # fmt: skip
+    if config.pass_.startswith("split"):
+        constants["MASS"] = everything
+        return attn_fwd_split, [strided(), f32, f32, f32, sources, shared, 32, 2, 4096], constants
+    if config.pass_.startswith("few"):
+        grads = tuple(strided() for _ in range(2 * len(sources)))
+        return attn_bwd_few, [
+            strided(), strided(), f32, f32, mass, None, f32, grads, mass, mass, sources, shared, 0.125, 32, 4096,
+        ], constants  # fmt: skip
+    if config.pass_ in ("combine", "reduce"):
+        small = {"BLOCK_R": t.block_m, "CHUNK": t.block_n, "num_warps": t.num_warps}
+        if config.pass_ == "reduce":
+            return attn_bwd_few_reduce, [f32, strided(), 16, 4096, 0.125, 32, 4096], small | {
+                "D": dim, "D_PAD": padded(dim),
+            }  # fmt: skip
+        return attn_fwd_combine, [f32, f32, f32, sinks, strided(), f32, mass, shared, 32, 4096], small | {
+            "DV": dim, "DV_PAD": padded(dim), "SPLITS_PAD": 256, "SOURCES": len(sources),
+        }  # fmt: skip
     grad_pairs = Strided(f32, 0, 0, 4096, 16) if everything else None
     constants |= {"SUM_I": False, "SUM_J": False, "ATOMIC": everything}
     return attn_bwd_dkdv, [
@@ -149,8 +181,7 @@ def read(config: Config) -> Reading:
     """Compile one configuration and read its machine code; a failure is told in `error`."""
     import triton
 
-    heavy = config.variant == "everything"
-    shape = tuple(tile(config.arch, DTYPES[config.dtype], config.head_dim, config.pass_, heavy))
+    shape = tuple(tile_of(config))
     triton.runtime.driver.set_active(_stand_in(config.arch))
     try:
         kernel, arguments, constants = _arguments(config)

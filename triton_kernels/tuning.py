@@ -12,6 +12,7 @@ import torch
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block may use
 INTERPRETER = 0  # the "architecture" of TRITON_INTERPRET=1
+INTERPRETER_MULTIPROCESSORS = 132  # an H100's, so that what the interpreter proves is what runs there
 
 
 class Tile(NamedTuple):
@@ -73,3 +74,89 @@ def tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, heavy: bool =
     # sm_120 has sm_80's instructions; what is not known is served as the oldest.
     family = 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
     return _HALF[family][bucket][pass_]
+
+
+# Few queries, long keys: rows are the packed ones of triton_kernels/packed.py, group Nq of them.
+#
+# A split costs a partial of 4 Dv bytes a row, written and read once; its keys cost (D + Dv) times 2 or 4 bytes. From
+# 4 rows keys on, the partials are at most half of the keys' bytes, and they stay in the second-level cache.
+MIN_KEYS = 256  # that a split must have
+KEYS_PER_ROW = 4
+WAVES = 2  # programs for each multiprocessor that splitting aims at
+MAX_SPLITS = 256
+
+
+def splits(programs: int, keys: int, rows: int, multiprocessors: int) -> int:
+    """How many ways `keys` visible columns are split where `programs` times that many programs would run."""
+    by_keys = keys // max(MIN_KEYS, KEYS_PER_ROW * rows)
+    by_programs = WAVES * multiprocessors // max(programs, 1)
+    return max(1, min(by_keys, by_programs, MAX_SPLITS))
+
+
+class FewTile(NamedTuple):
+    """A tile's columns, warps and stages for up to 16 rows and for more, and the most rows it takes."""
+
+    most: int
+    narrow: tuple[int, int, int]
+    wide: tuple[int, int, int]
+
+
+# 16 bit, {family: {padded head dim: tile}}. The backward's bound is registers: q, dout, dq and four tiles of float32.
+_SPLIT = {
+    64: FewTile(128, (128, 4, 3), (64, 4, 3)),
+    128: FewTile(128, (64, 4, 3), (64, 8, 2)),
+    256: FewTile(64, (32, 4, 2), (32, 8, 2)),
+}
+_FEW = {
+    # sm_80 keeps what stays, q and dout, in registers as the operands of four products.
+    80: {
+        64: FewTile(128, (128, 4, 2), (32, 8, 2)),
+        128: FewTile(32, (64, 8, 2), (32, 4, 2)),
+        256: FewTile(16, (32, 8, 1), (32, 8, 1)),
+    },
+    90: {
+        64: FewTile(128, (128, 4, 2), (32, 8, 2)),
+        128: FewTile(128, (64, 8, 2), (32, 8, 2)),
+        256: FewTile(32, (32, 8, 1), (32, 8, 1)),
+    },
+}
+_FEW_SINGLE = {
+    64: FewTile(32, (32, 8, 1), (32, 8, 1)),
+    128: FewTile(32, (16, 8, 1), (16, 8, 1)),
+    256: FewTile(16, (16, 8, 1), (16, 8, 1)),
+}
+
+
+def few_tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, rows: int, heavy: bool = False) -> Tile:
+    """The tile of "split" (forward) or "few" (backward) for `rows` packed rows; block_m may be less than rows.
+
+    The forward then takes several tiles of rows. The backward has room for no more than one: it serves rows only up
+    to its largest block_m.
+    """
+    bucket = max(64, padded(head_dim))
+    if arch == INTERPRETER:
+        table = FewTile(32 if pass_ == "split" else 128, (32, 4, 1), (32, 4, 1))
+    elif dtype == torch.float32:
+        table = _FEW_SINGLE[bucket]
+    elif pass_ == "split":
+        table = _SPLIT[bucket]
+    else:
+        table = _FEW[90 if 90 <= arch < 120 else 80][bucket]
+    block_m = min(padded(rows), table.most)
+    block_n, warps, stages = table.narrow if block_m == 16 else table.wide
+    if heavy and dtype != torch.float32 and arch != INTERPRETER:
+        block_n, stages = max(16, block_n // 2), 1
+    return Tile(block_m, block_n, warps, stages)
+
+
+class MergeTile(NamedTuple):
+    block_r: int  # rows of (B, Hq, Nq)
+    chunk: int  # splits at once
+    num_warps: int
+
+
+def merge_tile(arch: int, head_dim: int) -> MergeTile:
+    """How the partials of splits are added up, head dim being that of what is added."""
+    if arch == INTERPRETER:
+        return MergeTile(128, 2, 4)
+    return MergeTile(max(1, 256 // max(64, padded(head_dim))), 16, 4)

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,22 +46,117 @@ def rejects(problem: Problem) -> str | None:
 
 
 def describe(problem: Problem) -> str:
-    """The tiles a call would use, for `explain`."""
-    parts = []
-    for pass_ in ("fwd", "dq", "dkdv"):
-        t = _tile(problem, pass_)
-        parts.append(f"{pass_} {t.block_m}x{t.block_n}, {t.num_warps} warps, {t.num_stages} stages")
-    return "tiles " + "; ".join(parts)
+    """The path and the tiles a call would use, for `explain`; the backward as if every gradient were asked for."""
+    ahead, back = plan_forward(problem), plan_backward(problem, _trains_a_mask(problem))
+    told = []
+    for name, plan, few, passes in (("forward", ahead, "split", ("fwd",)), ("backward", back, "few", ("dq", "dkdv"))):
+        tiles = [(few, _few_tile(problem, few))] if plan.splits else [(p, _tile(problem, p)) for p in passes]
+        shapes = [f"{p} {t.block_m}x{t.block_n}, {t.num_warps} warps, {t.num_stages} stages" for p, t in tiles]
+        told.append(f"{name}: {plan.why}; tiles {'; '.join(shapes)}")
+    return ". ".join(told)
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, Hq, Nq, Dv), lse (B, Hq, Nq) float32 and mass (B, Hq, Nq, S) float32, or (0,) if not wanted."""
+class Plan(NamedTuple):
+    """Which kernels a pass takes: the plain ones (splits 0), or those for few queries with the keys split."""
+
+    splits: int
+    why: str
+
+
+def plan_forward(problem: Problem) -> Plan:
+    """The keys are split where the plain grid, a program for each row tile and head, leaves half the chip idle.
+
+    Above that, what is left to gain is about what a second launch and the partials cost (bench/few_queries.py).
+    Partials take 4 splits B Hq Nq (Dv + 1 + S) bytes (S = 1 where mass is not wanted). Splits are so many that at most
+    2 programs for each multiprocessor run, of at most 128 rows each: whatever the lengths, that is no more than
+    1024 (Dv + 1 + S) bytes for each multiprocessor, 18 MB on an H100 at Dv 128 with one source.
+    """
+    from ..triton_kernels.tuning import splits
+
+    batch, heads, rows, _ = problem.query.shape
+    plain = batch * heads * -(-rows // _tile(problem, "fwd").block_m)
+    multiprocessors = _multiprocessors(problem)
+    if 2 * plain > multiprocessors:
+        return Plan(0, f"plain, its {plain} programs occupy more than half of {multiprocessors} multiprocessors")
+    packed = problem.group * rows
+    tiles = -(-packed // _few_tile(problem, "split").block_m)
+    programs = batch * problem.sources[0].key.shape[1] * tiles
+    keys = _visible_keys(problem)
+    found = splits(programs, keys, packed, multiprocessors)
+    if found == 1:
+        return Plan(0, f"plain, {keys} visible keys are too few to be split")
+    return Plan(
+        found,
+        f"keys split {found} ways, {programs * found} programs, where the plain kernel's {plain} would leave "
+        f"{multiprocessors - plain} of {multiprocessors} multiprocessors idle",
+    )
+
+
+def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
+    """Query-stationary where the packed rows fit one tile, keys are long, and no float mask wants its gradient.
+
+    Partials take 4 splits B Hq Nq (D + 2 S + 2) bytes at most, and nothing but row sums with one split; the splits
+    are bounded as in `plan_forward`. Also where the plain grid fills the chip: K and V are read once instead of twice.
+    need_pairs: the gradient of some source's (i, j) mask is asked for.
+    """
+    from ..triton_kernels.tuning import splits
+
+    reason = few_refuses(problem, need_pairs)
+    if reason is not None:
+        return Plan(0, f"plain, {reason}")
+    packed, keys = problem.group * problem.query.shape[2], _visible_keys(problem)
+    if keys < 1024 or keys < 4 * packed:
+        return Plan(0, f"plain, {keys} visible keys are not long for {packed} rows")
+    programs = problem.query.shape[0] * problem.sources[0].key.shape[1]
+    found = splits(programs, keys, packed, _multiprocessors(problem))
+    told = f"query-stationary, {packed} rows in a tile, keys split {found} ways, {programs * found} programs"
+    return Plan(found, told)
+
+
+def few_refuses(problem: Problem, need_pairs: bool) -> str | None:
+    """Why the query-stationary backward cannot serve the problem at all; None if it can."""
+    packed, most = problem.group * problem.query.shape[2], _few_tile(problem, "few").block_m
+    if packed > most:
+        return f"{packed} rows (queries times query heads per key head) are more than a tile's {most}"
+    if need_pairs:
+        return "the gradient of a float mask needs delta before the keys are read"
+    return None
+
+
+def _trains_a_mask(problem: Problem) -> bool:
+    return any(source.attn_mask is not None and source.attn_mask.requires_grad for source in problem.sources)
+
+
+def _visible_keys(problem: Problem) -> int:
+    """How many columns some row may see, by the sources' sizes and bands; lengths and masks are on the device."""
+    rows, keys = problem.query.shape[2], 0
+    for source in problem.sources:
+        lo, hi = 0, source.key.shape[2]
+        right = 0 if source.causal else source.window_right
+        if source.offsets is None:
+            if right != UNBOUNDED:
+                hi = min(hi, rows + source.offset + right)
+            if source.window_left != UNBOUNDED:
+                lo = max(0, source.offset - source.window_left)
+        keys += max(0, hi - lo)
+    return keys
+
+
+def forward(problem: Problem, *, splits: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, Hq, Nq, Dv), lse (B, Hq, Nq) float32 and mass (B, Hq, Nq, S) float32, or (0,) if not wanted.
+
+    splits: 0 takes the plain kernel, more splits the keys so many ways; None leaves it to `plan_forward`.
+    """
     from ..triton_kernels.attn_fwd import attn_fwd
 
     query = problem.query
     batch, heads, rows, _ = query.shape
     out, lse, mass = empty_results(problem)
     if lse.numel() == 0:
+        return out, lse, mass
+    splits = plan_forward(problem).splits if splits is None else splits
+    if splits:
+        _forward_split(problem, splits, out, lse, mass)
         return out, lse, mass
     t = _tile(problem, "fwd")
     tiles = -(-rows // t.block_m)
@@ -76,6 +171,34 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return out, lse, mass
 
 
+def _forward_split(problem: Problem, splits: int, out: Tensor, lse: Tensor, mass: Tensor) -> None:
+    """Fill out, lse and mass by the kernels of attn_fwd_split.py."""
+    from ..triton_kernels.attn_fwd_split import attn_fwd_combine, attn_fwd_split
+
+    query, sinks, dims = problem.query, problem.sinks, _dims(problem)
+    batch, key_heads = query.shape[0], problem.sources[0].key.shape[1]
+    sources = len(problem.sources)
+    t, merge = _few_tile(problem, "split"), _merge_tile(problem, problem.value_dim)
+    tiles = -(-problem.group * query.shape[2] // t.block_m)
+    all_rows = lse.numel()
+    partial = lse.new_empty((splits, *out.shape))
+    maxima = lse.new_empty((splits, *lse.shape))
+    sums = lse.new_empty((splits, *lse.shape, sources if problem.want_mass else 1))
+    shared = _shared(problem)
+    with on_device_of(query):
+        attn_fwd_split[(tiles * splits * batch * key_heads,)](
+            _strided(query), partial, maxima, sums, tuple(_source(s) for s in problem.sources), shared, splits, tiles,
+            all_rows, **dims, BLOCK_M=t.block_m, BLOCK_N=t.block_n, SOURCES=sources, MASS=problem.want_mass,
+            PRECISION=_precision(query), num_warps=t.num_warps, num_stages=t.num_stages,
+        )  # fmt: skip
+        attn_fwd_combine[(-(-all_rows // merge.block_r),)](
+            partial, maxima, sums, None if sinks is None else sinks.contiguous(), _strided(out), lse,
+            mass if problem.want_mass else None, shared, splits, all_rows, DV=dims["DV"], DV_PAD=dims["DV_PAD"],
+            SPLITS_PAD=1 << (splits - 1).bit_length(), BLOCK_R=merge.block_r, CHUNK=merge.chunk, SOURCES=sources,
+            num_warps=merge.num_warps,
+        )  # fmt: skip
+
+
 def backward(
     problem: Problem,
     out: Tensor,
@@ -85,8 +208,14 @@ def backward(
     grad_lse: Tensor | None,
     grad_mass: Tensor | None,
     needs: Sequence[bool],
+    *,
+    splits: int | None = None,
 ) -> Gradients:
-    """The gradients that `needs` (aligned with Problem.tensors()) asks for."""
+    """The gradients that `needs` (aligned with Problem.tensors()) asks for.
+
+    splits: 0 takes the plain kernels, more splits the keys so many ways wherever `few_refuses` has no objection; None
+    leaves it to `plan_backward`.
+    """
     need_query, need_slopes, need_sinks, _, *rest = needs
     width = len(BoundSource.TENSORS)
     need_sources = [rest[s * width : s * width + 4] for s in range(len(problem.sources))]
@@ -97,18 +226,31 @@ def backward(
 
     # Where dz is summed over a whole row, the rounding of a 16-bit `out` inside delta no longer averages out.
     exact = need_slopes or need_sinks or any(need[2] or need[3] for need in need_sources)
-    query, sums, slopes = None, None, None
-    if need_query or exact:
+    query, sums, far_sums, slopes = None, None, None, None
+    columns: list[tuple[Tensor | None, Tensor | None]] | None = None
+    need_any_pairs = any(need[2] for need in need_sources)
+    if splits is None:
+        splits = plan_backward(problem, need_any_pairs).splits
+    elif splits and few_refuses(problem, need_any_pairs) is not None:
+        splits = 0
+    if splits:
+        need_columns = [(need[0], need[1]) for need in need_sources]
+        query, columns, sums, far_sums = _few(
+            problem, splits, lse, delta, grad_out, grad_mass, need_query, need_columns, exact, need_slopes
+        )
+    elif need_query or exact:
         query, sums, far_sums = _dq(problem, lse, delta, grad_out, grad_mass, exact, need_slopes)
-        if sums is not None:
-            delta, error = exact_delta(lse, delta, grad_lse, sums)
-            sums = sums[..., 0] - error[..., None] * sums[..., 1]
-            if far_sums is not None:
-                slopes = (error * far_sums[..., 1] - far_sums[..., 0]).sum(-1)
+    if sums is not None:
+        delta, error = exact_delta(lse, delta, grad_lse, sums)
+        sums = sums[..., 0] - error[..., None] * sums[..., 1]
+        if far_sums is not None:
+            slopes = (error * far_sums[..., 1] - far_sums[..., 0]).sum(-1)
     sources: list[tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]] = []
     for s, (need_key, need_value, need_pairs, need_this_bias) in enumerate(need_sources):
         key, value, pairs = None, None, None
-        if need_key or need_value or need_pairs:
+        if columns is not None:
+            key, value = columns[s]
+        elif need_key or need_value or need_pairs:
             key, value, pairs = _dkdv(problem, s, lse, delta, grad_out, grad_mass, need_pairs)
         bias = None
         if need_this_bias:
@@ -223,6 +365,60 @@ def _dkdv(
     return grad_key, grad_value, grad_pairs.sum_to_size(mask.shape).to(mask.dtype)
 
 
+def _few(
+    problem: Problem,
+    splits: int,
+    lse: Tensor,
+    delta: Tensor,
+    grad_out: Tensor,
+    grad_mass: Tensor | None,
+    need_query: bool,
+    need_columns: Sequence[tuple[bool, bool]],
+    need_sums: bool,
+    need_far_sums: bool,
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]], Tensor | None, Tensor | None]:
+    """grad_query, (grad_key, grad_value) of each source, and row sums as `_dq` gives them; None where not needed."""
+    from ..triton_kernels.attn_bwd_few import attn_bwd_few, attn_bwd_few_reduce
+
+    query, dims = problem.query, _dims(problem)
+    batch, heads, rows, dim = query.shape
+    key_heads = problem.sources[0].key.shape[1]
+    grad_query = empty_rows(query) if need_query else None
+    columns = [
+        (empty_rows(source.key) if need_key else None, empty_rows(source.value) if need_value else None)
+        for source, (need_key, need_value) in zip(problem.sources, need_columns)
+    ]
+    if lse.numel() == 0:  # nothing is launched
+        for x in (x for pair in columns for x in pair if x is not None):
+            x.zero_()
+    sums = lse.new_empty((splits, *lse.shape, len(problem.sources), 2)) if need_sums else None
+    far_sums = lse.new_empty((splits, *lse.shape, 2)) if need_far_sums else None
+    partial = lse.new_empty((splits, *query.shape)) if need_query and splits > 1 else None
+    all_rows = lse.numel()
+    if all_rows > 0:
+        t, merge = _few_tile(problem, "few"), _merge_tile(problem, dim)
+        flat = [x if x is None else _strided(x) for pair in columns for x in pair]
+        with on_device_of(query):
+            attn_bwd_few[(splits * batch * key_heads,)](
+                _strided(query), _strided(grad_out), lse, delta, grad_mass,
+                None if grad_query is None or partial is not None else _strided(grad_query), partial, tuple(flat),
+                sums, far_sums, tuple(_source(s) for s in problem.sources), _shared(problem), problem.scale, splits,
+                all_rows, **dims, BLOCK_M=t.block_m, BLOCK_N=t.block_n, SOURCES=len(problem.sources),
+                PRECISION=_precision(query), num_warps=t.num_warps, num_stages=t.num_stages,
+            )  # fmt: skip
+            if grad_query is not None and partial is not None:
+                attn_bwd_few_reduce[(-(-all_rows // merge.block_r),)](
+                    partial, _strided(grad_query), heads, rows, problem.scale, splits, all_rows, D=dims["D"],
+                    D_PAD=dims["D_PAD"], BLOCK_R=merge.block_r, CHUNK=merge.chunk, num_warps=merge.num_warps,
+                )  # fmt: skip
+    return (
+        grad_query,
+        columns,
+        None if sums is None else sums.sum(0),
+        None if far_sums is None else far_sums.sum(0),
+    )
+
+
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -233,14 +429,50 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@lru_cache
+def _device_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _multiprocessors(problem: Problem) -> int:
+    from ..triton_kernels.tuning import INTERPRETER, INTERPRETER_MULTIPROCESSORS
+
+    if _problem_arch(problem) == INTERPRETER:
+        return INTERPRETER_MULTIPROCESSORS
+    return _device_multiprocessors(problem.query.device)
+
+
+def _problem_arch(problem: Problem) -> int:
+    from ..triton_kernels.tuning import INTERPRETER
+
+    device = problem.query.device
+    return _arch(device) if device.type == "cuda" and not _interpreted() else INTERPRETER
+
+
+def _heavy(problem: Problem) -> bool:
+    masks = any(source.attn_mask is not None for source in problem.sources)
+    return masks or problem.dropout_p > 0 or problem.softcap > 0
+
+
 def _tile(problem: Problem, pass_: str) -> Any:
-    from ..triton_kernels.tuning import INTERPRETER, tile
+    from ..triton_kernels.tuning import tile
+
+    dim = max(problem.query.shape[3], problem.value_dim)
+    return tile(_problem_arch(problem), problem.query.dtype, dim, pass_, _heavy(problem))
+
+
+def _few_tile(problem: Problem, pass_: str) -> Any:
+    from ..triton_kernels.tuning import few_tile
 
     query = problem.query
-    arch = _arch(query.device) if query.device.type == "cuda" and not _interpreted() else INTERPRETER
-    masks = any(source.attn_mask is not None for source in problem.sources)
-    heavy = masks or problem.dropout_p > 0 or problem.softcap > 0
-    return tile(arch, query.dtype, max(query.shape[3], problem.value_dim), pass_, heavy)
+    dim, rows = max(query.shape[3], problem.value_dim), problem.group * query.shape[2]
+    return few_tile(_problem_arch(problem), query.dtype, dim, pass_, rows, _heavy(problem))
+
+
+def _merge_tile(problem: Problem, dim: int) -> Any:
+    from ..triton_kernels.tuning import merge_tile
+
+    return merge_tile(_problem_arch(problem), dim)
 
 
 def _dims(problem: Problem) -> dict[str, int]:

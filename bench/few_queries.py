@@ -1,0 +1,67 @@
+"""Predicted time of few queries over long keys, plain kernels against split ones: bytes and products, nothing is run.
+
+    python bench/few_queries.py
+
+Method. A pass takes the longest of three times: its bytes over the copy rate of the chip; its bytes over what the
+multiprocessors it occupies can draw from the second-level cache (64 bytes a clock each); its products over what these
+can multiply. Partials are written and read once at that cache's rate, each further kernel costs a launch. K and V are
+read once a pass (twice in the plain backward, whose dQ pass has the forward's grid), dK and dV written once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnfuse.cli import table
+from attnfuse.triton_kernels import tuning
+
+# NVIDIA H100 SXM: multiprocessors, clock, copy rate, second-level cache, dense bf16 FLOP a clock and multiprocessor.
+MULTIPROCESSORS, CLOCK, COPY, CACHE, FLOP = 132, 1.755e9, 3.0e12, 5.5e12, 4096
+DRAW = 64 * CLOCK  # bytes a second into one multiprocessor
+LAUNCH = 3e-6
+SHAPES = [  # name, B, H, Nq, Nk, D
+    ("attention pool", 8, 12, 1, 4096, 64),
+    ("Q-Former", 1, 12, 32, 16384, 64),
+    ("Perceiver resampler", 1, 8, 64, 16384, 128),
+    ("Perceiver resampler", 1, 8, 64, 65536, 128),
+    ("bottleneck tokens", 2, 12, 4, 8192, 64),
+    ("Q-Former, a batch that fills the chip", 32, 12, 32, 16384, 64),
+]
+
+
+def seconds(byte_count: float, products: float, programs: int) -> float:
+    """Of one pass, with `products` FLOP, on as many multiprocessors as it has programs for."""
+    busy = min(programs, MULTIPROCESSORS)
+    return max(byte_count / COPY, byte_count / (busy * DRAW), products / (busy * FLOP * CLOCK))
+
+
+def predict(batch: int, heads: int, rows: int, keys: int, dim: int) -> tuple[int, float, float, float, float]:
+    """Splits, then seconds of the forward, plain and split, and of the backward, plain and query-stationary."""
+    grid = batch * heads
+    stream = 2 * grid * keys * dim * 2  # K and V, 16 bit
+    product = 2 * grid * max(rows, 16) * keys * dim  # of one matrix product
+    plain_rows = tuning.tile(90, torch.bfloat16, dim, "fwd").block_m
+    plain = grid * -(-rows // plain_rows)
+    splits = tuning.splits(grid, keys, rows, MULTIPROCESSORS)
+    partial = 2 * 4 * splits * grid * rows * (dim + 2) / CACHE + LAUNCH if splits > 1 else 0.0
+    ahead = seconds(stream, 2 * product, plain)
+    ahead_split = seconds(stream, 2 * product, grid * splits) + partial
+    column_tiles = -(-keys // tuning.tile(90, torch.bfloat16, dim, "dkdv").block_n)
+    back = seconds(stream, 3 * product, plain) + seconds(2 * stream, 4 * product, grid * column_tiles) + LAUNCH
+    back_few = seconds(2 * stream, 5 * product, grid * splits) + partial
+    return splits, ahead, ahead_split if 2 * plain <= MULTIPROCESSORS and splits > 1 else ahead, back, back_few
+
+
+def main() -> None:
+    columns = ("shape", "B", "H", "Nq", "Nk", "D", "splits", "fwd plain", "fwd split", "", "bwd plain", "bwd few", " ")
+    rows = []
+    for name, *shape in SHAPES:
+        splits, ahead, ahead_split, back, back_few = predict(*shape)
+        times = [f"{1e6 * t:.0f} us" for t in (ahead, ahead_split, back, back_few)]
+        ratios = (f"{ahead / ahead_split:.1f}x", f"{back / back_few:.1f}x")
+        rows.append((name, *map(str, shape), str(splits), *times[:2], ratios[0], *times[2:], ratios[1]))
+    table.show(columns, rows)
+
+
+if __name__ == "__main__":
+    main()
