@@ -492,13 +492,17 @@ def test_compiled_to_machine_code_equals_eager():
 
 
 class JoinWatch(TorchDispatchMode):
-    """Notes every concatenation and stack of floating-point tensors, however it is spelled in Python."""
+    """Notes every concatenation and stack of floating-point tensors, however it is spelled in Python.
+
+    Heads (B, H, N, D) that are copied piece by piece into one buffer count as well: that is a concatenation too.
+    """
 
     JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
 
     def __init__(self) -> None:
         super().__init__()
         self.ranks: set[int] = set()
+        self.pieces: dict[int, list[Tensor]] = {}  # the tensors too, so that no address is used again
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.JOINS and len(args[0]) > 1:
@@ -506,6 +510,13 @@ class JoinWatch(TorchDispatchMode):
             # a column (..., 1) is a statistic of each row, such as a mass, and no key
             if first.is_floating_point() and first.shape[-1] != 1:
                 self.ranks.add(first.dim())
+        if func is torch.ops.aten.copy_.default and args[0].is_floating_point() and args[0].dim() == 4:
+            buffer = args[0].untyped_storage()
+            if args[0].nbytes < buffer.nbytes():
+                pieces = self.pieces.setdefault(buffer.data_ptr(), [])
+                pieces.append(args[0])
+                if len({piece.storage_offset() for piece in pieces}) > 1:
+                    self.ranks.add(4)
         return func(*args, **(kwargs or {}))
 
 
@@ -558,6 +569,16 @@ def test_the_watch_sees_every_spelling(join):
     with JoinWatch() as watch:
         join(tokens)
     assert watch.ranks == {3}
+
+
+def test_the_watch_sees_keys_copied_into_one_buffer():
+    keys = [torch.randn(2, 4, 3, 8), torch.randn(2, 4, 5, 8)]
+    with JoinWatch() as watch:
+        together = torch.empty(2, 4, 8, 8)
+        together[:, :, :3] = keys[0]
+        assert not watch.ranks
+        together[:, :, 3:] = keys[1]
+    assert watch.ranks == {4}
 
 
 def test_the_watch_looks_inside_attention():

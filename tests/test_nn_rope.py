@@ -202,6 +202,15 @@ def test_streams_of_mmdit_are_rotated_after_their_norms(monkeypatch):
     assert not any("rope" in name for name in block.state_dict())
 
 
+def test_compiles_into_one_graph():
+    layer, x, positions = make("norm-rope-gqa-interleaved")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    call = lambda module, y, where: module(y, positions=where)  # noqa: E731
+    expected = outcome(call, layer, x, positions)
+    torch.testing.assert_close(outcome(lambda _, y, where: compiled(y, positions=where), layer, x, positions), expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_a_named_reference_is_reference_all_the_way(backend, monkeypatch):
     """Only the reference can be differentiated twice, so a layer that asks for it must not get a kernel before it."""
