@@ -195,7 +195,7 @@ def test_explain_tells_the_path_and_why():
     assert "a float mask needs delta" in str(attnfuse.explain(query, key, key, bias, backend="triton"))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 33, 256])
+@pytest.mark.parametrize("splits", [1, 2, 9])
 def test_any_number_of_splits(splits, monkeypatch):
     """More splits than tiles, too: some have nothing to do."""
     Forced(monkeypatch, splits)

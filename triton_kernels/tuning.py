@@ -108,16 +108,21 @@ _SPLIT = {
     256: FewTile(64, (32, 4, 2), (32, 8, 2)),
 }
 _FEW = {
-    # sm_80 keeps what stays, q and dout, in registers as the operands of four products.
+    # With sm_80's instructions what stays, q and dout, fills registers as the operands of four products.
     80: {
         64: FewTile(128, (128, 4, 2), (32, 8, 2)),
-        128: FewTile(32, (64, 8, 2), (32, 4, 2)),
+        128: FewTile(32, (64, 8, 2), (32, 8, 2)),
         256: FewTile(16, (32, 8, 1), (32, 8, 1)),
     },
     90: {
         64: FewTile(128, (128, 4, 2), (32, 8, 2)),
         128: FewTile(128, (64, 8, 2), (32, 8, 2)),
         256: FewTile(32, (32, 8, 1), (32, 8, 1)),
+    },
+    120: {
+        64: FewTile(128, (128, 4, 2), (32, 8, 2)),
+        128: FewTile(32, (64, 8, 2), (32, 8, 1)),
+        256: FewTile(16, (32, 8, 1), (32, 8, 1)),
     },
 }
 _FEW_SINGLE = {
@@ -141,7 +146,7 @@ def few_tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, rows: int
     elif pass_ == "split":
         table = _SPLIT[bucket]
     else:
-        table = _FEW[90 if 90 <= arch < 120 else 80][bucket]
+        table = _FEW[90 if 90 <= arch < 120 else 120 if arch >= 120 else 80][bucket]
     block_m = min(padded(rows), table.most)
     block_n, warps, stages = table.narrow if block_m == 16 else table.wide
     if heavy and dtype != torch.float32 and arch != INTERPRETER:
