@@ -195,6 +195,16 @@ def test_explain_tells_the_path_and_why():
     assert "a float mask needs delta" in str(attnfuse.explain(query, key, key, bias, backend="triton"))
 
 
+@interpreted
+def test_long_keys_take_the_path_by_themselves(monkeypatch):
+    taken = []
+    for name in ("_forward_split", "_few"):
+        honest = getattr(triton, name)
+        monkeypatch.setattr(triton, name, lambda *a, n=name, f=honest: taken.append((n, a[1])) or f(*a))
+    check(Case("few", "by-itself", (SourceCase(700), SourceCase(400)), 1, 1, 1, rows=2, dim=8, aux=True), torch.float32)
+    assert taken == [("_forward_split", 4), ("_few", 4)]
+
+
 @pytest.mark.parametrize("splits", [1, 2, 9])
 def test_any_number_of_splits(splits, monkeypatch):
     """More splits than tiles, too: some have nothing to do."""
@@ -314,6 +324,7 @@ FAULTS = {
         ("attn_fwd_split", "top = tl.where(live, top, 0.0)", "", "lengths-zero-length"),
     "what an empty split never wrote is read":
         ("attn_fwd_split", 'saw = (some_m != float("-inf"))', "saw = some_there", "plain-one-query"),
+    "a source's bias is not taken back": ("attn_fwd_split", "m += bias", "pass", "bias-source-bias"),
     "splits write over each other":
         ("attn_fwd_split", "row += tl.cast(split, tl.int64) * all_rows",
          "row += tl.cast(split, tl.int64) * 0", "sources-two"),

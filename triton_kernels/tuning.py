@@ -81,6 +81,7 @@ def tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, heavy: bool =
 # A split costs a partial of 4 Dv bytes a row, written and read once; its keys cost (D + Dv) times 2 or 4 bytes. From
 # 4 rows keys on, the partials are at most half of the keys' bytes, and they stay in the second-level cache.
 MIN_KEYS = 256  # that a split must have
+LONG_KEYS = 1024  # from here on the backward is query-stationary, be it with one split
 KEYS_PER_ROW = 4
 WAVES = 2  # programs for each multiprocessor that splitting aims at
 MAX_SPLITS = 256
