@@ -59,9 +59,9 @@ def test_every_case(case, three_splits):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case,dtype", zip(CASES, [torch.bfloat16, torch.float16] * len(CASES)), ids=str)
-def test_every_case_in_16_bits(case, dtype, three_splits):
-    """In turns: the two dtypes differ in the casts of the shared steps alone."""
+@pytest.mark.parametrize("case,dtype", zip(CASES[::3], [torch.bfloat16, torch.float16] * len(CASES)), ids=str)
+def test_cases_in_16_bits(case, dtype, three_splits):
+    """A third of them, the dtypes in turns: what differs from float32 are the casts of steps that all cases share."""
     check(case, dtype)
 
 
@@ -102,7 +102,7 @@ def test_the_backward_crosses_tiles(case, three_splits):
     check(case, torch.float32)
 
 
-@settings(quiet, max_examples=8)
+@settings(quiet, max_examples=6)
 @given(random_cases(everything=True))
 def test_random_problems(case):
     with pytest.MonkeyPatch.context() as patch:
