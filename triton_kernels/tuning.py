@@ -151,7 +151,7 @@ def few_tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, rows: int
     block_m = min(padded(rows), table.most)
     block_n, warps, stages = table.narrow if block_m == 16 else table.wide
     if heavy and dtype != torch.float32 and arch != INTERPRETER:
-        block_n, stages = max(16, block_n // 2), 1
+        block_n, warps, stages = max(16, block_n // 2), 8, 1
     return Tile(block_m, block_n, warps, stages)
 
 
