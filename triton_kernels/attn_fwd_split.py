@@ -68,35 +68,40 @@ def attn_fwd_split(
         source = sources[s]
         length = source_length(source, b)
         offset = source_offset(source, b)
-        bias = source_bias(source, shared, b, h[:, None])
+        bias = source_bias(source, shared, b, h)
         keys = base(source.key, b, hkv)
         values = base(source.value, b, hkv)
         lo, full_lo, full_hi, hi = column_range(source, length, offset, first_query, last_query, BLOCK_N)
         start, stop, before = columns_of_share(lo, hi, before, begin, begin + share, BLOCK_N)
+        if bias is not None:
+            # All of a source's columns have it: the running maximum goes down by it while they are looked at.
+            m -= bias
         m_before = m
         l_s = tl.zeros((BLOCK_M,), tl.float32)
         if source.left is not None:
             for at in range(start, tl.minimum(full_lo, stop), BLOCK_N):
                 acc, m, l_s = attend_tile(
-                    acc, m, l_s, q, keys, values, source, shared, bias, slope, offset, b, h[:, None], i, at, hi,
+                    acc, m, l_s, q, keys, values, source, shared, None, slope, offset, b, h[:, None], i, at, hi,
                     D, DV, D_PAD, DV_PAD, BLOCK_N, PRECISION, True,
                 )  # fmt: skip
         if source.key_mask is None and source.pairs is None:
             for at in range(tl.maximum(start, full_lo), tl.minimum(full_hi, stop), BLOCK_N):
                 acc, m, l_s = attend_tile(
-                    acc, m, l_s, q, keys, values, source, shared, bias, slope, offset, b, h[:, None], i, at, hi,
+                    acc, m, l_s, q, keys, values, source, shared, None, slope, offset, b, h[:, None], i, at, hi,
                     D, DV, D_PAD, DV_PAD, BLOCK_N, PRECISION, False,
                 )  # fmt: skip
         for at in range(tl.maximum(start, full_hi), stop, BLOCK_N):
             acc, m, l_s = attend_tile(
-                acc, m, l_s, q, keys, values, source, shared, bias, slope, offset, b, h[:, None], i, at, hi,
+                acc, m, l_s, q, keys, values, source, shared, None, slope, offset, b, h[:, None], i, at, hi,
                 D, DV, D_PAD, DV_PAD, BLOCK_N, PRECISION, True,
             )  # fmt: skip
+        if not MASS:
+            l = l * power(m_before - tl.where(m == float("-inf"), 0.0, m), shared) + l_s
+        if bias is not None:
+            m += bias
         if MASS:
             maxima = maxima + (m,)
             sums = sums + (l_s,)
-        else:
-            l = l * power(m_before - tl.where(m == float("-inf"), 0.0, m), shared) + l_s
 
     row = (tl.cast(b, tl.int64) * shared.heads + h) * shared.rows + i
     row += tl.cast(split, tl.int64) * all_rows

@@ -26,7 +26,8 @@ from .tuning import SHARED_LIMIT, Tile, few_tile, merge_tile, padded, tile
 
 ARCHS = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Few queries: "split" and "few" at the most packed rows a tile has, "split16" and "few16" at 16; what adds partials up.
+# Few queries: "split" and "few" at the most packed rows a tile has, "split16" and "few16" for one query; then what adds
+# partials up. One query is compiled apart: Triton takes an argument of 1 for a constant.
 PASSES = ("fwd", "dq", "dkdv", "split", "split16", "combine", "few", "few16", "reduce")
 VARIANTS = ("plain", "causal", "everything")
 
@@ -118,7 +119,7 @@ def _arguments(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
     from .tile import Shared, Source, Strided
 
     dtype, dim = DTYPES[config.dtype], config.head_dim
-    everything = config.variant == "everything"
+    everything, one_query = config.variant == "everything", config.pass_.endswith("16")
     f32, u8, i32, i64 = (MockTensor(t) for t in (torch.float32, torch.uint8, torch.int32, torch.int64))
 
     def strided(of: torch.dtype = dtype) -> Any:
@@ -127,7 +128,7 @@ def _arguments(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
     shared = Shared(
         1 if config.dtype == "fp32" else None, 0.18, *((0.01, 72.0) if everything else (None, None)),
         *((f32, 16, 32) if everything else (None, None, None)),
-        i64 if everything else None, 429496729, 1.1, 16, 4096, 4 if everything else 1,
+        i64 if everything else None, 429496729, 1.1, 16, 1 if one_query else 4096, 4 if everything else 1,
     )  # fmt: skip
     plain = Source(
         strided(), strided(), 4096, None, None, None, None, None, None, None, None, None, 0, None, None,
@@ -155,11 +156,14 @@ def _arguments(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
         ], constants  # fmt: skip
     if config.pass_.startswith("split"):
         constants["MASS"] = everything
-        return attn_fwd_split, [strided(), f32, f32, f32, sources, shared, 32, 2, 4096], constants
+        tiles = 1 if one_query else 2
+        return attn_fwd_split, [strided(), f32, f32, f32, sources, shared, 32, tiles, 4096], constants
     if config.pass_.startswith("few"):
         grads = tuple(strided() for _ in range(2 * len(sources)))
+        to = (strided(), None) if one_query else (None, f32)  # with one split dq is stored as it is
         return attn_bwd_few, [
-            strided(), strided(), f32, f32, mass, None, f32, grads, mass, mass, sources, shared, 0.125, 32, 4096,
+            strided(), strided(), f32, f32, mass, *to, grads, mass, mass, sources, shared, 0.125,
+            1 if one_query else 32, 4096,
         ], constants  # fmt: skip
     if config.pass_ in ("combine", "reduce"):
         small = {"BLOCK_R": t.block_m, "CHUNK": t.block_n, "num_warps": t.num_warps}

@@ -81,6 +81,7 @@ def tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, heavy: bool =
 # A split costs a partial of 4 Dv bytes a row, written and read once; its keys cost (D + Dv) times 2 or 4 bytes. From
 # 4 rows keys on, the partials are at most half of the keys' bytes, and they stay in the second-level cache.
 MIN_KEYS = 256  # that a split must have
+LONG_KEYS = 1024  # from here on the backward is query-stationary, be it with one split
 KEYS_PER_ROW = 4
 WAVES = 2  # programs for each multiprocessor that splitting aims at
 MAX_SPLITS = 256
@@ -108,16 +109,21 @@ _SPLIT = {
     256: FewTile(64, (32, 4, 2), (32, 8, 2)),
 }
 _FEW = {
-    # sm_80 keeps what stays, q and dout, in registers as the operands of four products.
+    # With sm_80's instructions what stays, q and dout, fills registers as the operands of four products.
     80: {
         64: FewTile(128, (128, 4, 2), (32, 8, 2)),
-        128: FewTile(32, (64, 8, 2), (32, 4, 2)),
+        128: FewTile(32, (64, 8, 2), (32, 8, 2)),
         256: FewTile(16, (32, 8, 1), (32, 8, 1)),
     },
     90: {
         64: FewTile(128, (128, 4, 2), (32, 8, 2)),
         128: FewTile(128, (64, 8, 2), (32, 8, 2)),
         256: FewTile(32, (32, 8, 1), (32, 8, 1)),
+    },
+    120: {
+        64: FewTile(128, (128, 4, 2), (32, 8, 2)),
+        128: FewTile(32, (64, 8, 2), (32, 8, 1)),
+        256: FewTile(16, (32, 8, 1), (32, 8, 1)),
     },
 }
 _FEW_SINGLE = {
@@ -141,11 +147,11 @@ def few_tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, rows: int
     elif pass_ == "split":
         table = _SPLIT[bucket]
     else:
-        table = _FEW[90 if 90 <= arch < 120 else 80][bucket]
+        table = _FEW[90 if 90 <= arch < 120 else 120 if arch >= 120 else 80][bucket]
     block_m = min(padded(rows), table.most)
     block_n, warps, stages = table.narrow if block_m == 16 else table.wide
     if heavy and dtype != torch.float32 and arch != INTERPRETER:
-        block_n, stages = max(16, block_n // 2), 1
+        block_n, warps, stages = max(16, block_n // 2), 8, 1
     return Tile(block_m, block_n, warps, stages)
 
 

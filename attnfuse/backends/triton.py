@@ -99,13 +99,13 @@ def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
     are bounded as in `plan_forward`. Also where the plain grid fills the chip: K and V are read once instead of twice.
     need_pairs: the gradient of some source's (i, j) mask is asked for.
     """
-    from ..triton_kernels.tuning import splits
+    from ..triton_kernels.tuning import KEYS_PER_ROW, LONG_KEYS, splits
 
     reason = few_refuses(problem, need_pairs)
     if reason is not None:
         return Plan(0, f"plain, {reason}")
     packed, keys = problem.group * problem.query.shape[2], _visible_keys(problem)
-    if keys < 1024 or keys < 4 * packed:
+    if keys < max(LONG_KEYS, KEYS_PER_ROW * packed):
         return Plan(0, f"plain, {keys} visible keys are not long for {packed} rows")
     programs = problem.query.shape[0] * problem.sources[0].key.shape[1]
     found = splits(programs, keys, packed, _multiprocessors(problem))
@@ -437,12 +437,13 @@ def _device_multiprocessors(device: torch.device) -> int:
 def _multiprocessors(problem: Problem) -> int:
     from ..triton_kernels.tuning import INTERPRETER, INTERPRETER_MULTIPROCESSORS
 
-    if _problem_arch(problem) == INTERPRETER:
+    if _kind(problem) == INTERPRETER:
         return INTERPRETER_MULTIPROCESSORS
     return _device_multiprocessors(problem.query.device)
 
 
-def _problem_arch(problem: Problem) -> int:
+def _kind(problem: Problem) -> int:
+    """The architecture as `tuning` names it."""
     from ..triton_kernels.tuning import INTERPRETER
 
     device = problem.query.device
@@ -458,7 +459,7 @@ def _tile(problem: Problem, pass_: str) -> Any:
     from ..triton_kernels.tuning import tile
 
     dim = max(problem.query.shape[3], problem.value_dim)
-    return tile(_problem_arch(problem), problem.query.dtype, dim, pass_, _heavy(problem))
+    return tile(_kind(problem), problem.query.dtype, dim, pass_, _heavy(problem))
 
 
 def _few_tile(problem: Problem, pass_: str) -> Any:
@@ -466,13 +467,13 @@ def _few_tile(problem: Problem, pass_: str) -> Any:
 
     query = problem.query
     dim, rows = max(query.shape[3], problem.value_dim), problem.group * query.shape[2]
-    return few_tile(_problem_arch(problem), query.dtype, dim, pass_, rows, _heavy(problem))
+    return few_tile(_kind(problem), query.dtype, dim, pass_, rows, _heavy(problem))
 
 
 def _merge_tile(problem: Problem, dim: int) -> Any:
     from ..triton_kernels.tuning import merge_tile
 
-    return merge_tile(_problem_arch(problem), dim)
+    return merge_tile(_kind(problem), dim)
 
 
 def _dims(problem: Problem) -> dict[str, int]:
