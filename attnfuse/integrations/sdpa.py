@@ -62,7 +62,7 @@ class Patch:
 
 
 _lock = threading.RLock()
-_active: list[Patch] = []
+_active: tuple[Patch, ...] = ()  # replaced as a whole, so that a thread that reads it needs no lock
 _replaced: Any = None  # what stood in torch.nn.functional before
 _fast_path = True
 
@@ -79,10 +79,10 @@ def _scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Any:
     """F.scaled_dot_product_attention while a patch is active; torch's own for whoever kept it past the last one."""
-    patch = _active[-1] if _active else None
-    if patch is None:
+    active = _active
+    if not active:
         return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return patch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    return active[-1](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def _serve(
@@ -148,7 +148,7 @@ def patch_sdpa(*, backend: str | None = None, unsupported: str = "raise") -> Ite
 
 
 def _enter(patch: Patch) -> None:
-    global _replaced, _fast_path
+    global _active, _replaced, _fast_path
     with _lock:
         if not _active:
             _fast_path = torch.backends.mha.get_fastpath_enabled()
@@ -156,12 +156,13 @@ def _enter(patch: Patch) -> None:
             if F.scaled_dot_product_attention is not _scaled_dot_product_attention:
                 _replaced = F.scaled_dot_product_attention
                 F.scaled_dot_product_attention = _scaled_dot_product_attention  # type: ignore[assignment]
-        _active.append(patch)
+        _active = (*_active, patch)
 
 
 def _leave(patch: Patch) -> None:
+    global _active
     with _lock:
-        _active.remove(patch)
+        _active = tuple(entered for entered in _active if entered is not patch)
         if _active:
             return
         torch.backends.mha.set_fastpath_enabled(_fast_path)

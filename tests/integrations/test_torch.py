@@ -379,6 +379,18 @@ def test_a_call_that_is_not_served_raises_or_is_passed_on_as_asked():
         patch_sdpa(unsupported="ignore").__enter__()
 
 
+class Wrapped(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_tensor_subclasses_are_refused_by_name():
+    x = torch.randn(1, 1, 3, 8)
+    with patch_sdpa(), pytest.raises(TypeError, match="key must be a plain tensor, got the subclass Wrapped"):
+        F.scaled_dot_product_attention(x, x.as_subclass(Wrapped), x)
+
+
 def test_torchs_modules_are_reached_past_their_fused_inference_paths(calls):
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
     x = torch.randn(3, 5, 16)
