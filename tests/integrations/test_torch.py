@@ -888,7 +888,7 @@ def two_ranks(tmp_path_factory):
         for rank in range(2)
     ]
     try:
-        logs = [rank.communicate(timeout=240)[0].decode() for rank in ranks]
+        logs = [rank.communicate(timeout=900)[0].decode() for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
