@@ -17,6 +17,9 @@ from .problem import AuxOutput, AuxRequest, Problem, Source, Stream, bind, is_re
 Window = tuple[int | None, int | None]
 # Held from the start: attnfuse.integrations.torch.patch_sdpa puts `attention` in its place.
 _torch_attention = F.scaled_dot_product_attention
+# Asked in every call: a name at hand costs less than three looked up.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def attention(
@@ -473,9 +476,9 @@ def _run(problem: Problem, backend: str | None) -> tuple[Tensor, Tensor, Tensor]
     if name == "reference":
         with torch.autocast(problem.query.device.type, enabled=False):
             return module.forward(problem)  # type: ignore[no-any-return]
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _dispatch_modes():
         return ops.call_forward(problem, name)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _transforms_active() or forward_ad._current_level >= 0:
         return _run_transformed(problem, name)
     if torch.is_grad_enabled():
         tensors = problem.tensors()

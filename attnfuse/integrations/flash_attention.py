@@ -236,9 +236,9 @@ def _random_state(problem: Problem | None, like: Tensor | None = None) -> tuple[
 def _padded(packed: Tensor, tokens: tuple[Tensor, Tensor], problem: Problem, fill: float) -> Tensor:
     """(T, H, ...) as (N, H, longest, ...), `fill` past each sequence's end."""
     batch, heads, rows, _ = problem.query.shape
-    padded = packed.new_full((batch, rows, heads, *packed.shape[2:]), fill)
-    padded[tokens] = packed
-    return padded.transpose(1, 2)
+    padded = packed.new_full((batch, heads, rows, *packed.shape[2:]), fill)  # kernels read a contiguous lse
+    padded.transpose(1, 2)[tokens] = packed
+    return padded
 
 
 def _unserved(name: str, given: object) -> RuntimeError:

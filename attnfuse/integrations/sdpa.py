@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnfuse.functional import attention
+from attnfuse.functional import _torch_attention, attention
 from attnfuse.integrations.jagged import jagged_attention
 
 
@@ -47,7 +47,7 @@ class Patch:
                 out = _serve(self.backend, *given)
             except (ValueError, TypeError) as reason:
                 self._count(str(reason))
-                return _original(*given[:6], scale=scale, enable_gqa=enable_gqa)
+                return _torch_attention(*given[:6], scale=scale, enable_gqa=enable_gqa)
         self._count(None)
         return out
 
@@ -62,8 +62,8 @@ class Patch:
 
 
 _lock = threading.RLock()
-_active: list[Patch] = []
-_original: Any = F.scaled_dot_product_attention
+_active: tuple[Patch, ...] = ()  # replaced as a whole, so that a thread that reads it needs no lock
+_replaced: Any = None  # what stood in torch.nn.functional before
 _fast_path = True
 
 
@@ -79,10 +79,10 @@ def _scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Any:
     """F.scaled_dot_product_attention while a patch is active; torch's own for whoever kept it past the last one."""
-    patch = _active[-1] if _active else None
-    if patch is None:
-        return _original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    return patch(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    active = _active
+    if not active:
+        return _torch_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return active[-1](query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def _serve(
@@ -148,20 +148,24 @@ def patch_sdpa(*, backend: str | None = None, unsupported: str = "raise") -> Ite
 
 
 def _enter(patch: Patch) -> None:
-    global _original, _fast_path
+    global _active, _replaced, _fast_path
     with _lock:
-        if not _active and F.scaled_dot_product_attention is not _scaled_dot_product_attention:
-            _original = F.scaled_dot_product_attention
-            F.scaled_dot_product_attention = _scaled_dot_product_attention  # type: ignore[assignment]
+        if not _active:
             _fast_path = torch.backends.mha.get_fastpath_enabled()
             torch.backends.mha.set_fastpath_enabled(False)
-        _active.append(patch)
+            if F.scaled_dot_product_attention is not _scaled_dot_product_attention:
+                _replaced = F.scaled_dot_product_attention
+                F.scaled_dot_product_attention = _scaled_dot_product_attention  # type: ignore[assignment]
+        _active = (*_active, patch)
 
 
 def _leave(patch: Patch) -> None:
+    global _active
     with _lock:
-        _active.remove(patch)
+        _active = tuple(entered for entered in _active if entered is not patch)
+        if _active:
+            return
+        torch.backends.mha.set_fastpath_enabled(_fast_path)
         # Where somebody else has patched over it since, theirs stays, and reaches torch's through ours.
-        if not _active and F.scaled_dot_product_attention is _scaled_dot_product_attention:
-            F.scaled_dot_product_attention = _original
-            torch.backends.mha.set_fastpath_enabled(_fast_path)
+        if F.scaled_dot_product_attention is _scaled_dot_product_attention:
+            F.scaled_dot_product_attention = _replaced
