@@ -11,6 +11,7 @@ a whole multimodal transformer of one layer, whose attention is between the raw 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -244,11 +245,11 @@ def side_by_side(views: Views) -> tuple[Tensor, Tensor]:
     return media, torch.stack([F.pad(view.visible, (0, short)) for view, short in padded], 1)
 
 
-def of_evidence(out: FusionOutput, label: Tensor, present: Tensor) -> Tensor:
-    """The loss of Han et al., 2021: of the fused evidence and of each modality's own."""
+def of_evidence(method: str, out: FusionOutput, label: Tensor, present: Tensor, epoch: int) -> Tensor:
+    """The loss of Han et al., 2021: of the fused evidence and of each modality's own, its penalty annealed."""
     assert out.fused is not None and out.per_modality is not None
     alphas = [out.fused, *(1 + evidence for evidence in out.per_modality.values())]
-    return torch.stack([evidential_loss(alpha, label) for alpha in alphas]).sum()
+    return torch.stack([evidential_loss(alpha, label, epoch, method=method) for alpha in alphas]).sum()
 
 
 class Layer(NamedTuple):
@@ -261,6 +262,11 @@ class Layer(NamedTuple):
 
 def late(method: str) -> Layer:
     return Layer("decision", lambda: Decided(LateFusion(NAMES, NUM_CLASSES, method)))
+
+
+def evidential(method: str) -> Layer:
+    fusion = lambda: Decided(EvidentialFusion(NUM_CLASSES, names=NAMES))  # noqa: E731
+    return Layer("decision", fusion, partial(of_evidence, method))
 
 
 LAYERS: dict[str, Layer] = {
@@ -304,7 +310,8 @@ LAYERS: dict[str, Layer] = {
     "LateFusion, vote": late("vote"),
     "StackingFusion": Layer("decision", lambda: Decided(StackingFusion(NAMES, NUM_CLASSES))),
     "ProductOfExperts": Layer("decision", lambda: Believed(ProductOfExperts(NAMES, WIDTH))),
-    "EvidentialFusion": Layer("decision", lambda: Decided(EvidentialFusion(NUM_CLASSES, names=NAMES)), of_evidence),
+    "EvidentialFusion, mse": evidential("mse"),
+    "EvidentialFusion, digamma": evidential("digamma"),
     "MissingModalityToken": Layer("training", lambda: Filled(MissingModalityToken(WIDTHS))),
 }
 

@@ -226,7 +226,7 @@ def draw_training(measured: dict[str, list[Row]], figure: Any) -> None:
             _beside(axes, ARM_NAMES[arm], values, y, colour)
     axes.set_yticks(range(len(settings)), [SETTING_TITLES[setting].replace(" ", "\n", 1) for setting in settings])
     axes.set_ylim(len(settings) - 0.5, -0.5)
-    axes.set_title("Attention mass on the image", fontweight="bold")
+    axes.set_title("Mass on the image", fontweight="bold")
 
 
 def draw_layers(measured: dict[str, list[Row]], figure: Any) -> None:
@@ -242,7 +242,7 @@ def draw_layers(measured: dict[str, list[Row]], figure: Any) -> None:
             _dots(left, y, [row[condition] for row in of_layer], COLOURS[condition])
         mass = mean(row["image_mass"] for row in of_layer)
         if mass == 1:
-            middle.text(0.02, y, "each has all of its own", fontsize=7, va="center")
+            middle.text(0.02, y, "a softmax for each", fontsize=7, va="center")
         elif not math.isnan(mass):
             middle.barh(y, mass, 0.62, color=COLOURS["image"])
             middle.barh(y, 1 - mass, 0.62, left=mass, color=COLOURS["audio"])

@@ -128,9 +128,9 @@ def test_splits(setting: str, seed: int, split: str, limit: int | None) -> dict[
     return SETTINGS[setting].tests(seed, split, limit)
 
 
-def balanced(factor: float, out: FusionOutput, label: Tensor, present: Tensor) -> Tensor:
+def balanced(factor: float, out: FusionOutput, label: Tensor, present: Tensor, epoch: int) -> Tensor:
     assert out.source_mass is not None
-    return cross_entropy(out, label, present) + factor * source_balance_loss(out.source_mass, present)
+    return cross_entropy(out, label, present, epoch) + factor * source_balance_loss(out.source_mass, present)
 
 
 def work(job: Job) -> Row:

@@ -118,11 +118,11 @@ FUSIONS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 WATCHED = "MultimodalTransformer"  # the one whose source_mass is drawn
 
 
-Loss = Callable[[FusionOutput, Tensor, Tensor], Tensor]
+Loss = Callable[[FusionOutput, Tensor, Tensor, int], Tensor]  # (output, label, who was present, epoch from 0)
 
 
-def cross_entropy(out: FusionOutput, label: Tensor, present: Tensor) -> Tensor:
-    """The loss of the fused prediction; who was present does not matter to it."""
+def cross_entropy(out: FusionOutput, label: Tensor, present: Tensor, epoch: int) -> Tensor:
+    """The loss of the fused prediction; who was present does not matter to it, nor when."""
     assert out.logits is not None
     return nn.functional.cross_entropy(out.logits, label)
 
@@ -145,12 +145,12 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     model.train()
-    for _ in range(epochs):
+    for epoch in range(epochs):
         for batch in split.batches(BATCH, generator):
             present = drop(torch.tensor(allowed).repeat(len(batch), 1), generator)
             out = model(batch.inputs, batch.mask, present)
             optimizer.zero_grad()
-            loss(out, batch.label, present).backward()
+            loss(out, batch.label, present, epoch).backward()
             optimizer.step()
             schedule.step()
             on_step()

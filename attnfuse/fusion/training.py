@@ -242,7 +242,8 @@ def source_balance_loss(mass: Tensor, present: Tensor | None = None, *, eps: flo
     Both are means over the batch: a single sample may lean on one modality as much as it needs, but one that
     the whole batch ignores costs more the more it is ignored and is pulled back: the gradient on its mass is
     -wanted / received. Mixtures of experts keep their experts in use in this way (Shazeer et al., 2017).
-    Add it to the task's loss with a small factor, such as 0.01 to 0.1.
+    Add it to the task's loss with a small factor, such as 0.01 to 0.1. Mass is where attention goes, not what the
+    prediction depends on: where a modality can be missing, use `ModalityDropout` (docs/fusion_study.md measures both).
 
     mass:    (B, S), or (B, ..., S) whose middle dimensions (heads, queries) are averaged: `source_mass`.
     present: (B, S) bool; default all. Samples with nothing present do not count; a batch of those costs 0.
