@@ -80,7 +80,7 @@ def test_same_seed_same_data_also_from_the_cache(data, own_cache, monkeypatch):
     assert torch.equal(moved.test.scan, data.test.scan[:64]), "a seed must not move scans between splits"
 
 
-def test_speech_is_the_same_in_every_process(own_cache, tmp_path):
+def test_speech_is_the_same_in_every_process(data, own_cache, tmp_path):
     """espeak-ng seeds its breath and roughness from the clock unless told otherwise."""
     (cached,) = own_cache.rglob("av_digits-*.npz")
     script = "from attnfuse.datasets import av_digits; av_digits(limit=8)"

@@ -130,6 +130,7 @@ def backward(
         (empty_rows(source.key) if need_key else None, empty_rows(source.value) if need_value else None)
         for source, (need_key, need_value, *_) in zip(problem.sources, need_sources)
     ]
+    lse = lse.contiguous()  # the kernels count its rows; whoever kept it may have laid it out anew
     shared, sums = lse, None
     if lse.numel() > 0:
         shared, sums = _launch(

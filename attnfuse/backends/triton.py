@@ -220,6 +220,7 @@ def backward(
     width = len(BoundSource.TENSORS)
     need_sources = [rest[s * width : s * width + 4] for s in range(len(problem.sources))]
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
+    lse = lse.contiguous()  # the kernels count its rows; whoever kept it may have laid it out anew
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
     grad_mass = None if grad_mass is None else grad_mass.to(torch.float32).contiguous()
     delta = _delta(problem, out, lse, mass.contiguous(), grad_out, grad_lse, grad_mass)
