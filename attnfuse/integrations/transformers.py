@@ -98,40 +98,57 @@ class BandMask(torch.Tensor):
     Whoever computes with it (slices, adds, concatenates) computes with that dense mask.
     """
 
-    keys: Tensor | None  # (B, Nk) bool, None = all
+    held: Tensor  # the keys (B, Nk) bool, or (0,) for all: torch.compile wants a tensor in every tensor
     band: Band
     offset: int
 
     @staticmethod
     def __new__(
-        cls, shape: tuple[int, int, int, int], keys: Tensor | None, band: Band, offset: int, device: Any
+        cls, shape: tuple[int, ...], keys: Tensor | None, band: Band, offset: int, device: torch.device | str
     ) -> BandMask:
+        device = torch.device(device)
         mask: BandMask = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, shape, dtype=torch.bool, device=torch.device(device)
+            cls, shape, dtype=torch.bool, device=device
         )
-        mask.keys, mask.band, mask.offset = keys, band, offset
+        mask.held = torch.empty(0, dtype=torch.bool, device=device) if keys is None else keys
+        mask.band, mask.offset = band, offset
         return mask
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(B, Nk) bool, None = all."""
+        return self.held if self.held.dim() == 2 else None
 
     def dense(self) -> Tensor:
         """The mask with every entry written out."""
         rows, columns = self.shape[2:]
-        seen = band_entries(self.band, self.offset, rows, columns, self.device)[None, None]
+        seen = band_entries(self.band, self.offset, rows, columns, self.held.device)[None, None]
         if self.keys is not None:
             seen = seen & self.keys[:, None, None]
         return seen.expand(self.shape)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Band, int]]:
+        return ["held"], (self.band, self.offset)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], rest: tuple[Band, int], size: Any, stride: Any) -> BandMask:
+        held = inner["held"]
+        return BandMask(tuple(size), held if held.dim() == 2 else None, *rest, held.device)
 
     def __repr__(self) -> str:  # type: ignore[override]
         keys = "all keys" if self.keys is None else f"keys {tuple(self.keys.shape)}"
         return f"BandMask({tuple(self.shape)}, {keys}, {self.band}, offset={self.offset})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        moves = func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool)
+        if moves or func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             mask = args[0]
-            return BandMask(tuple(mask.shape), mask.keys, mask.band, mask.offset, mask.device)
+            held = func(mask.held, **kwargs)
+            return BandMask.__tensor_unflatten__({"held": held}, (mask.band, mask.offset), mask.shape, None)
         args, kwargs = pytree.tree_map(lambda x: x.dense() if isinstance(x, BandMask) else x, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -162,14 +179,15 @@ def attention_mask(
 ) -> Tensor | None:
     """What transformers' mask creation gets under the name "attnfuse", with the arguments of its `sdpa_mask`.
 
-    Returns a `BandMask` where `mask_function` is causal, bidirectional or one of both within a sliding window; a dense
-    (B, 1, Nq, Nk) bool mask otherwise, and for causal prefill under torch.compile; None only for a mask of nothing.
-    A causal mask is never left to the layer's own `is_causal`: some layers have none. No value of `attention_mask`
-    (B, all tokens so far) is read, so a GPU is not waited for.
+    Returns, for a `mask_function` that is causal, bidirectional, or one of both within a sliding window: a `BandMask`;
+    for a single query or where the band is everything a key mask (B, Nk), expanded and not copied to (B, 1, Nq, Nk);
+    None for no mask at all. Any other pattern, and under torch.compile a band over several queries, is a dense bool
+    mask. A causal mask is never left to the layer's own `is_causal`: some layers have none. No value of
+    `attention_mask` (B, all tokens so far) is read, so a GPU is not waited for.
     """
     band = None if use_vmap else band_of(mask_function)
-    tracing = torch.compiler.is_compiling()
-    if band is None or (tracing and q_length > 1 and band != Band()):
+    # Dynamo cannot build a tensor of a class of ours; one given to compiled code, or a plain one, it takes.
+    if band is None or (torch.compiler.is_compiling() and q_length > 1 and band != Band()):
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
@@ -178,25 +196,19 @@ def attention_mask(
     if attention_mask is not None:
         missing = kv_offset + kv_length - attention_mask.shape[-1]
         keys = nn.functional.pad(attention_mask, (0, max(0, missing)))[:, kv_offset : kv_offset + kv_length]
-    if band == Band():
-        if keys is None and allow_is_bidirectional_skip:
-            return None
-    elif tracing:
-        # One query: its band is a key mask, and reading where a static cache stands would break the graph.
-        position = torch.arange(kv_length, device=device) + kv_offset - q_offset
-        seen = torch.ones_like(position, dtype=torch.bool)
-        if band.left is not None:
-            seen = seen & (position >= -band.left)
-        if band.right is not None:
-            seen = seen & (position <= band.right)
-        keys = seen[None] if keys is None else keys & seen
-        band = Band()
-    if tracing:
-        every = keys if keys is not None else torch.ones((1, 1), dtype=torch.bool, device=device)
-        return every[:, None, None].expand(batch_size, 1, q_length, kv_length)
-    # A static cache counts on the device; reading it once here costs less than walking its empty end in every layer.
-    offset = 0 if band == Band() else int(q_offset) - int(kv_offset)
-    return BandMask((batch_size, 1, q_length, kv_length), keys, band, offset, device)
+    if q_length > 1 and band != Band():
+        # A static cache counts on the device; reading it once here costs less than walking its empty end everywhere.
+        offset = int(q_offset) - int(kv_offset)
+        return BandMask((batch_size, 1, q_length, kv_length), keys, band, offset, device)
+    if band != Band():
+        # One query: its band is a key mask.
+        reach = band_entries(band, q_offset - kv_offset, 1, kv_length, device)
+        keys = reach if keys is None else keys & reach
+    elif keys is None and allow_is_bidirectional_skip:
+        return None
+    elif keys is None:
+        keys = torch.ones((1, 1), dtype=torch.bool, device=device)
+    return keys[:, None, None].expand(batch_size, 1, q_length, kv_length)
 
 
 def band_of(mask_function: Callable[..., Any]) -> Band | None:
@@ -269,17 +281,18 @@ def attention_forward(
             )
         # torch's causality, from the upper left; a single query is the last of its sequence.
         band = Band(None if sliding_window is None else sliding_window - 1, 0 if causal else None)
-        attention_mask = BandMask(
-            (query.shape[0], 1, rows, key.shape[2]), None, band, key.shape[2] - 1 if rows == 1 else 0, query.device
-        )
-    elif tuple(attention_mask.shape[-2:]) != (rows, key.shape[2]) and isinstance(attention_mask, BandMask):
-        raise ValueError(
-            f"{type(module).__name__}: the mask is for {attention_mask.shape[-2]} queries and "
-            f"{attention_mask.shape[-1]} keys, the layer has {rows} and {key.shape[2]}"
-        )
-    seen = _BandCall(attention_mask, query) if isinstance(attention_mask, BandMask) else _DenseCall(attention_mask)
+        seen: _Seen = _BandSeen(query, key.shape[2], None, band, key.shape[2] - 1 if rows == 1 else 0)
+    elif isinstance(attention_mask, BandMask):
+        if tuple(attention_mask.shape[2:]) != (rows, key.shape[2]):
+            raise ValueError(
+                f"{type(module).__name__}: the mask is for {attention_mask.shape[2]} queries and "
+                f"{attention_mask.shape[3]} keys, the layer has {rows} and {key.shape[2]}"
+            )
+        seen = _BandSeen(query, key.shape[2], attention_mask.keys, attention_mask.band, attention_mask.offset)
+    else:
+        seen = _DenseSeen(attention_mask)
     key, value, position_bias = seen.cut(key, value, position_bias)
-    options = seen.with_bias(position_bias)
+    options = seen.options(position_bias)
     out = attention(
         query, key, value, dropout_p=dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1],
         softcap=softcap, sinks=s_aux, backend=_backend, **options,
@@ -300,8 +313,8 @@ def _check_kwargs(module: nn.Module, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"{type(module).__name__} passed {name!r}, which attnfuse attention does not know{hint}")
 
 
-class _DenseCall:
-    """A mask of (B, H, Nq, Nk) entries as the options of `attention`."""
+class _DenseSeen:
+    """A mask of (B, H, Nq, Nk) entries, on its way into `attention`."""
 
     def __init__(self, mask: Tensor) -> None:
         # A dimension that was only expanded is one entry: padding masks expanded over the rows are key masks again.
@@ -313,7 +326,7 @@ class _DenseCall:
     def cut(self, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         return key, value, bias
 
-    def with_bias(self, bias: Tensor | None) -> dict[str, Any]:
+    def options(self, bias: Tensor | None) -> dict[str, Any]:
         if bias is None:
             return {"attn_mask": self.mask}
         if self.mask.dtype == torch.bool:
@@ -321,17 +334,16 @@ class _DenseCall:
         return {"attn_mask": bias + self.mask}
 
 
-class _BandCall:
-    """A `BandMask` as the options of `attention`: columns no row reaches are cut off, the rest are flags."""
+class _BandSeen:
+    """Keys and a band, on their way into `attention`: columns no row reaches are cut off, the rest are flags."""
 
-    def __init__(self, mask: BandMask, query: Tensor) -> None:
-        rows, columns = mask.shape[2:]
-        left, right = mask.band
-        start = 0 if left is None else min(max(0, mask.offset - left), columns)
-        stop = columns if right is None else max(start, min(columns, rows + mask.offset + right))
+    def __init__(self, query: Tensor, columns: int, keys: Tensor | None, band: Band, offset: int) -> None:
+        rows = query.shape[2]
+        left, right = band
+        start = 0 if left is None else min(max(0, offset - left), columns)
+        stop = columns if right is None else max(start, min(columns, rows + offset + right))
         self.start, self.stop = start, stop
-        self.rows, self.columns, self.offset = rows, stop - start, mask.offset - start
-        keys = mask.keys
+        self.rows, self.columns, self.offset = rows, stop - start, offset - start
         self.keys = keys if keys is None or self.columns == columns else keys[:, start:stop]
         # A side of the band that no row feels any more is open.
         last = rows - 1 + self.offset
@@ -350,7 +362,8 @@ class _BandCall:
             bias = bias[..., self.start : self.stop]
         return key.narrow(2, self.start, self.columns), value.narrow(2, self.start, self.columns), bias
 
-    def with_bias(self, bias: Tensor | None) -> dict[str, Any]:
+    def options(self, bias: Tensor | None) -> dict[str, Any]:
+        """The keyword arguments of `attention` for these columns; `bias` is already cut to them."""
         options: dict[str, Any] = {"key_mask": self.keys}
         band = self.band
         if bias is not None:
@@ -380,7 +393,10 @@ class _BandCall:
         """
         if self.on_cpu:
             return self.offset == 0 and self.band == Band(right=0)
-        return self.offset == 0 or (self.band.right == 0 and self.offset == self.columns - self.rows)
+        return self.offset == 0 or (self.band.right == 0 and self.offset == self.columns - self.rows > 0)
+
+
+_Seen = _DenseSeen | _BandSeen
 
 
 def _refuse_where_bypassed() -> None:

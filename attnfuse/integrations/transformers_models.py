@@ -49,7 +49,7 @@ def build(name: str, seed: int = 0) -> Tiny:
 def redraw(model: nn.Module) -> None:
     """Weights of unit gain, gates open, everything else stirred."""
     for name, parameter in model.named_parameters():
-        if "gate" in name and parameter.numel() == 1 or "alpha" in name:
+        if ("gate" in name and parameter.numel() == 1) or "alpha" in name:
             parameter.fill_(0.8)
         elif parameter.dim() < 2:
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -71,11 +71,19 @@ def padded(rows: int, columns: int, missing: int, side: str = "right") -> Tensor
     return mask
 
 
-def with_media(media: int, count: int, columns: int = 14, missing: int = 3) -> tuple[Tensor, Tensor]:
-    """Two rows: one token, `count` media tokens, text; the second row padded. Ids and mask (2, columns)."""
+def with_media(
+    media: int, count: int, columns: int = 14, missing: int = 3, side: str = "left", first: int = 5
+) -> tuple[Tensor, Tensor]:
+    """Two rows: `first`, `count` media tokens, text; the second row padded. Ids and mask (2, columns).
+
+    Padding to the right of a causal decoder is seen by nobody; to the left it is.
+    """
     ids = words(2, columns)
+    ids[:, 0] = first
     ids[:, 1 : 1 + count] = media
-    mask = padded(2, columns, missing)
+    mask = padded(2, columns, missing, side)
+    if side == "left":
+        ids[1] = ids[1].roll(missing)
     return ids.masked_fill(mask == 0, 0), mask
 
 
@@ -131,7 +139,7 @@ def qwen2_audio() -> Tiny:
         audio_config=audio, text_config=TEXT | {"model_type": "qwen2"}, audio_token_index=AUDIO
     )
     heard = padded(2, 40, 8)
-    ids, mask = with_media(AUDIO, 10, 18)
+    ids, mask = with_media(AUDIO, 10, 18, side="right")
     # 40 frames are 20 after the convolution and 10 after pooling; 32 are 8
     ids[1, 9:11] = words(2)
     return Tiny(
@@ -167,8 +175,8 @@ def mllama() -> Tiny:
     }  # fmt: skip
     ids, mask = with_media(IMAGE, 1)
     seen = torch.zeros(2, 14, 1, 2, dtype=torch.int64)
-    seen[:, 1:, :, 0] = 1
-    seen[0, 5:, :, 1] = 1  # the second tile, from its token on
+    seen[0, 1:] = 1
+    seen[1, 4:, :, 0] = 1  # from its image's token on; it has one tile
     return Tiny(
         hf.MllamaForConditionalGeneration(
             hf.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
@@ -226,8 +234,7 @@ def qwen2_vl() -> Tiny:
                        "mlp_ratio": 2},
         image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START, vision_end_token_id=END,
     )  # fmt: skip
-    ids, mask = with_media(IMAGE, 4)
-    ids[:, 0] = START
+    ids, mask = with_media(IMAGE, 4, first=START)
     kinds = (ids == IMAGE).to(torch.int64)
     return Tiny(
         hf.Qwen2VLForConditionalGeneration(config),
@@ -252,8 +259,7 @@ def qwen2_5_omni() -> Tiny:
         vision_end_token_id=END, audio_start_token_id=96, audio_end_token_id=97,
     )  # fmt: skip
     model = hf.Qwen2_5OmniThinkerForConditionalGeneration(config)
-    ids, mask = with_media(IMAGE, 4, 24)
-    ids[:, 0] = START
+    ids, mask = with_media(IMAGE, 4, 24, side="right", first=START)
     ids[:, 5] = END
     ids[:, 6] = 96
     ids[:, 7:17] = AUDIO  # 40 frames are 10 tokens, 32 are 8
@@ -309,7 +315,7 @@ def instructblip() -> Tiny:
 
 
 GEMMA: dict[str, Any] = TEXT | {
-    "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 5, "num_hidden_layers": 2,
+    "head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 5, "num_hidden_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
 
@@ -371,10 +377,10 @@ def gpt_oss() -> Tiny:
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )  # fmt: skip
+    model = hf.GptOssForCausalLM(config)
+    model.set_experts_implementation("eager")  # torch's grouped products have no float64
     mask = padded(2, 13, 4, "left")
-    return Tiny(
-        hf.GptOssForCausalLM(config), {"input_ids": words(2, 13), "attention_mask": mask}, {"logits": mask.bool()}
-    )
+    return Tiny(model, {"input_ids": words(2, 13), "attention_mask": mask}, {"logits": mask.bool()})
 
 
 def udop() -> Tiny:
@@ -408,7 +414,7 @@ def florence2() -> Tiny:
     }  # fmt: skip
     config = hf.Florence2Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
     # 32 x 32 pixels are 8 x 8 then 4 x 4 patches, and one more token that is their mean
-    ids, mask = with_media(IMAGE, 17, 26)
+    ids, mask = with_media(IMAGE, 17, 26, side="right")
     given = padded(2, 7, 2)
     return Tiny(
         hf.Florence2ForConditionalGeneration(config),
@@ -424,10 +430,8 @@ def kosmos2() -> Tiny:
         "attention_heads": 4, "dropout": 0.0, "attention_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1,
     }  # fmt: skip
     config = hf.Kosmos2Config(text_config=text, vision_config=VISION, latent_query_num=4)
-    ids, mask = words(2, 12), padded(2, 12, 3)
-    ids = ids.masked_fill(mask == 0, 0)
-    here = torch.zeros(2, 12, dtype=torch.int64)
-    here[:, 2:6] = 1
+    ids, mask = with_media(IMAGE, 4, 12)
+    here = (ids == IMAGE).to(torch.int64)
     return Tiny(
         hf.Kosmos2ForConditionalGeneration(config),
         {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels(2, 3, 12, 12),

@@ -179,7 +179,7 @@ def forward_backward(tiny: Tiny, seed: int) -> dict[str, Tensor]:
     return found | {key: torch.cat(grads).detach() for key, grads in groups.items()}
 
 
-class Forced(hf.LogitsProcessor):
+class Forced(hf.LogitsProcessor):  # type: ignore[misc]
     """Lets a generation take no token but the given ones (B, steps)."""
 
     def __init__(self, tokens: Tensor) -> None:
@@ -207,7 +207,9 @@ def generate(tiny: Tiny, cache: str, seed: int) -> Tensor:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="which models")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="all if left out"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="which dtypes")
     parser.add_argument("--backend", choices=dispatch.BACKENDS, help="attnfuse backend; its own choice if left out")
     parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and arriving gradients")
@@ -241,12 +243,12 @@ def document(results: list[Result], command: str) -> str:
         "",
         f"{versions}; run on a CPU. {passed} of {len(results)} rows pass.",
         "",
-        "Each row is a tiny random model with padding in its batch. Quantities are the outputs at valid positions, the",
-        "gradients of float inputs, of the parameters in attention and of all others, and, where the model generates,",
-        "the logits of six decoding steps with each cache. A quantity passes when its error is at most twice eager's own",
-        "in the same dtype plus one rounding; both errors are against eager in float64. The worst quantity is the one",
-        "nearest its budget; its relative error is error / root mean square. Attention calls are those attnfuse served",
-        "in the row, with the backend that served them.",
+        "Each row is a tiny random model with padding in its batch. Quantities are the outputs at valid positions,",
+        "the gradients of float inputs, of the parameters in attention and of all others, and, where the model",
+        "generates, the logits of six decoding steps with each cache. A quantity passes when its error is at most",
+        "twice eager's own in the same dtype plus one rounding; both errors are against eager in float64. The worst",
+        "quantity is the one nearest its budget; its relative error is error / root mean square. Attention calls are",
+        "those attnfuse served in the row, with the backend that served them.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
