@@ -4,12 +4,13 @@
 
 For each tiny model, in float32 and bfloat16:
 
-    error(attnfuse) <= 2 error(eager) + eps(dtype) |x|
+    error(attnfuse) <= 2 error(eager) + eps(dtype)
 
 Both errors are the root mean square difference to the same model run in float64 with eager attention, on the weights
-and inputs rounded to the dtype; |x| is the root mean square of the quantity. Quantities are every output at its valid
-positions, the gradients of every float input, of the attention's own parameters and of all other parameters, and the
-logits of a generation that is forced to the same tokens, with a growing and with a static cache.
+and inputs rounded to the dtype, relative to the root mean square of the quantity, and taken over several draws of
+weights and inputs: in one draw a single rounding that many layers amplify may decide alone. Quantities are every
+output at its valid positions, the gradients of every float input, of the attention's own parameters and of all other
+parameters, and the logits of a generation that is forced to the same tokens, with a growing and with a static cache.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import math
 import platform
 import re
 import sys
@@ -50,7 +52,16 @@ GENERATES = {
 
 
 class Widened(TorchFunctionMode):
-    """float64 wherever a model's code says float32 (softmax, norms, rotary tables), so that the truth is in float64."""
+    """float64 wherever a model's code says float32 (softmax, norms, rotary tables) or says nothing."""
+
+    def __enter__(self) -> Any:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        torch.set_default_dtype(self.default)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -63,12 +74,11 @@ class Widened(TorchFunctionMode):
 
 @dataclass
 class Quantity:
-    """One quantity of one model against its budget, all absolute; size is its root mean square."""
+    """One quantity of one model against its budget; both relative to its size."""
 
     name: str
     error: float
     budget: float
-    size: float
 
     @property
     def passed(self) -> bool:
@@ -112,14 +122,33 @@ def recorded() -> Iterator[collections.Counter[str]]:
         dispatch.choose = choose
 
 
-def compare(name: str, dtype: torch.dtype, seed: int = 0, caches: tuple[str, ...] | None = None) -> Result:
+def compare(
+    name: str, dtype: torch.dtype, seed: int = 0, draws: int = 1, caches: tuple[str, ...] | None = None
+) -> Result:
     """The named model in `dtype` with eager and with attnfuse, each against eager in float64.
 
-    caches: which caches to generate with; None takes all that the model has.
+    draws: of weights and inputs, with seeds from `seed` on. caches: which caches the first draw generates with; None
+    takes all that the model has.
     """
+    caches = GENERATES.get(name, ()) if caches is None else caches
+    squares: dict[str, list[tuple[float, float]]] = {}
+    calls: collections.Counter[str] = collections.Counter()
+    for draw in range(draws):
+        for key, errors in _relative_errors(name, dtype, seed + draw, () if draw else caches, calls).items():
+            squares.setdefault(key, []).append(errors)
+    quantities = []
+    for key, pairs in squares.items():
+        ours, eager = (math.sqrt(sum(error[n] ** 2 for error in pairs) / len(pairs)) for n in (0, 1))
+        quantities.append(Quantity(key, ours, 2 * eager + torch.finfo(dtype).eps))
+    return Result(name, str(dtype).removeprefix("torch."), quantities, calls)
+
+
+def _relative_errors(
+    name: str, dtype: torch.dtype, seed: int, caches: tuple[str, ...], calls: collections.Counter[str]
+) -> dict[str, tuple[float, float]]:
+    """(attnfuse's, eager's) relative error of every quantity of one draw; `calls` counts on."""
     tiny = build(name, seed)
     model = tiny.model.to(dtype)
-    caches = GENERATES.get(name, ()) if caches is None else caches
 
     def run(implementation: str, model: Any, kind: torch.dtype) -> dict[str, Tensor]:
         model.set_attn_implementation(implementation)
@@ -136,18 +165,16 @@ def compare(name: str, dtype: torch.dtype, seed: int = 0, caches: tuple[str, ...
 
     truth = run("eager", copy.deepcopy(model).double(), torch.float64)
     eager = run("eager", model, dtype)
-    with recorded() as calls:
+    with recorded() as served:
         ours = run(integration.NAME, model, dtype)
-    quantities = []
-    for key, true in truth.items():
-        size = rms(true)
-        budget = 2 * rms(eager[key] - true) + torch.finfo(dtype).eps * size
-        quantities.append(Quantity(key, rms(ours[key] - true), budget, size))
-    return Result(name, str(dtype).removeprefix("torch."), quantities, calls)
+    calls.update(served)
+    return {
+        key: (rms(ours[key] - true) / rms(true), rms(eager[key] - true) / rms(true)) for key, true in truth.items()
+    }
 
 
 def rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+    return float(x.square().mean().sqrt())
 
 
 def forward_backward(tiny: Tiny, seed: int) -> dict[str, Tensor]:
@@ -212,7 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="which dtypes")
     parser.add_argument("--backend", choices=dispatch.BACKENDS, help="attnfuse backend; its own choice if left out")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, inputs and arriving gradients")
+    parser.add_argument("--draws", type=int, default=8, help="of weights and inputs, for each row")
     parser.add_argument("--write", type=Path, metavar="FILE", help="also write the table to a Markdown file")
 
 
@@ -224,12 +251,12 @@ def cells(result: Result) -> tuple[str, ...]:
     worst = result.worst
     served = ", ".join(f"{count} {backend}" for backend, count in sorted(result.calls.items())) or "none"
     return (
-        result.model, result.dtype, str(len(result.quantities)), worst.name, f"{worst.error / worst.size:.1e}",
+        result.model, result.dtype, str(len(result.quantities)), worst.name, f"{worst.error:.1e}",
         f"{worst.error / worst.budget:.2f}", served, "pass" if result.passed else "FAIL",
     )  # fmt: skip
 
 
-def document(results: list[Result], command: str) -> str:
+def document(results: list[Result], draws: int, command: str) -> str:
     """The table as Markdown, with what it was made with."""
     versions = (
         f"attnfuse {__version__}, transformers {hf.__version__}, torch {torch.__version__}, "
@@ -245,10 +272,10 @@ def document(results: list[Result], command: str) -> str:
         "",
         "Each row is a tiny random model with padding in its batch. Quantities are the outputs at valid positions,",
         "the gradients of float inputs, of the parameters in attention and of all others, and, where the model",
-        "generates, the logits of six decoding steps with each cache. A quantity passes when its error is at most",
-        "twice eager's own in the same dtype plus one rounding; both errors are against eager in float64. The worst",
-        "quantity is the one nearest its budget; its relative error is error / root mean square. Attention calls are",
-        "those attnfuse served in the row, with the backend that served them.",
+        f"generates, the logits of {STEPS} decoding steps with each cache. A quantity passes when its error is at most",
+        "twice eager's own in the same dtype plus one rounding. Both errors are against eager in float64, relative to",
+        f"the quantity's root mean square, over {draws} draws of weights and inputs. The worst quantity is the one",
+        "nearest its budget. Attention calls are those attnfuse served in the row, with the backend that served them.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -267,23 +294,24 @@ def main(arguments: list[str] | None = None, report: Callable[[str], None] = pri
     add_arguments(parser)
     args = parser.parse_args(arguments)
     hf.logging.set_verbosity_error()
+    torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
     integration.register(args.backend)
     results = []
     plan = [(name, dtype) for name in args.models for dtype in args.dtype]
     for number, (name, dtype) in enumerate(plan, 1):
-        result = compare(name, DTYPES[dtype], args.seed)
+        result = compare(name, DTYPES[dtype], draws=args.draws)
         results.append(result)
         report(f"[{number}/{len(plan)}] " + "  ".join(cells(result)))
     table.show(COLUMNS, [cells(r) for r in results], ["" if r.passed else "red" for r in results])
     if args.write is not None:
         given = sys.argv[1:] if arguments is None else arguments
-        args.write.write_text(document(results, " ".join([parser.prog, *given])))
+        args.write.write_text(document(results, args.draws, " ".join([parser.prog, *given])))
     failed = [result for result in results if not result.passed]
     for result in failed:
         for quantity in result.quantities:
             if not quantity.passed:
                 report(
-                    f"{result.model} {result.dtype}: {quantity.name}: error {quantity.error:.2e} beyond its budget "
+                    f"{result.model} {result.dtype}: {quantity.name}: error {quantity.error:.2e} is beyond its budget, "
                     f"{quantity.budget:.2e}"
                 )
     return 1 if failed else 0
