@@ -14,6 +14,7 @@ other pattern (images that see themselves whole, packed sequences, chunks) is a 
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,7 +24,13 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils import _pytree as pytree
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from .. import dispatch
@@ -33,10 +40,12 @@ NAME = "attnfuse"
 # Minor versions that the tests and the parity table ran with, oldest first.
 TESTED = ((5, 23), (5, 24))
 
-# What layers pass along that changes nothing in softmax(QK^T)V: options of other implementations, or of the model.
+# What layers pass along that changes nothing in softmax(QK^T)V: options of other implementations, of the model, and of
+# `generate`, which Kosmos2 hands on to every layer.
 HARMLESS = frozenset({
     "cache_position", "deterministic", "num_items_in_batch", "output_hidden_states", "output_router_logits",
-    "position_embeddings", "position_ids", "seq_idx", "use_cache",
+    "position_embeddings", "position_ids", "seq_idx", "use_cache", *GenerationConfig().to_dict(),
+    *inspect.signature(GenerationMixin.generate).parameters,
 })  # fmt: skip
 
 _backend: str | None = None

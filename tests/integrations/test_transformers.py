@@ -71,6 +71,7 @@ def llama(**options: Any) -> Any:
         ("Gemma2", "float32", ("static",), "reference"),  # softcap, windows, grouped queries
         ("Gemma3", "float32", (), "aten"),  # images that see themselves whole: a dense mask
         ("GPT-OSS", "float32", ("dynamic", "static"), "aten"),  # sinks
+        ("Kosmos2", "float32", ("dynamic",), "aten"),  # hands the options of generate on to every layer
         ("UDOP", "float32", (), "reference"),  # learned position bias, which needs a gradient
     ],
 )
