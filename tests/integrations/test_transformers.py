@@ -341,6 +341,18 @@ def test_a_given_mask_alone_decides() -> None:
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_dense_mask_and_a_position_bias_both_count(kind: str) -> None:
+    query, key, value = torch.randn(3, 2, 2, 6, 8)
+    bias = torch.randn(1, 2, 6, 6)
+    seen = torch.rand(2, 1, 6, 6) < 0.6
+    seen[..., 0] = True
+    additive = torch.zeros(2, 1, 6, 6).masked_fill(~seen, torch.finfo(torch.float32).min)
+    out, _ = attention_forward(layer(), query, key, value, seen if kind == "bool" else additive, position_bias=bias)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, bias + additive)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 def test_window_without_a_mask_is_causal_or_refused() -> None:
     query, key, value = torch.randn(3, 1, 2, 6, 8)
     out, _ = attention_forward(layer(is_causal=True), query, key, value, None, sliding_window=3)
