@@ -1,1 +1,1 @@
-"""attnfuse where people already are: torch, transformers, diffusers. Nothing here is imported by the core."""
+"""attnfuse inside other libraries, a module each; importing attnfuse imports none of them, nor their libraries."""
