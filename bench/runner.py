@@ -308,10 +308,12 @@ def _peak_training(x: _Ready, inputs: Inputs, plan: Plan) -> int:
 class CsvFile:
     """Rows into a file as they come, so that what stops a run takes nothing with it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, append: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.names = [f.name for f in fields(Row)]
+        if append and path.exists():
+            return
         with path.open("w", newline="") as file:
             csv.writer(file).writerow(self.names)
 
@@ -319,6 +321,16 @@ class CsvFile:
         held = asdict(row)
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerow([_cell(held[name]) for name in self.names])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file that CsvFile wrote; raises ValueError if it is another one."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if list(reader.fieldnames or ()) != [f.name for f in fields(Row)]:
+            raise ValueError(f"{path} is not a CSV file that this version of attnfuse bench wrote")
+        kinds = {"int": int, "float": float, "float | None": lambda text: float(text) if text else None}
+        return [Row(**{f.name: kinds.get(str(f.type), str)(row[f.name]) for f in fields(Row)}) for row in reader]
 
 
 def _cell(value: object) -> object:

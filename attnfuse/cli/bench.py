@@ -22,7 +22,6 @@ from attnfuse.cli import table
 
 if TYPE_CHECKING:
     from attnfuse.bench.runner import Report, Row
-    from attnfuse.bench.workloads import Workload
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 PASSES = ("forward", "backward", "both")
@@ -54,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--time-limit", type=float, help="begin no further workload after this many seconds")
     parser.add_argument("--out", type=Path, default=Path(), help=f"folder for {CSV_NAME} and the pictures")
     parser.add_argument("--no-plots", action="store_true", help="only the CSV file")
-    parser.add_argument("--plot", type=Path, metavar="CSV", help="measure nothing: draw the pictures of this file")
+    parser.add_argument("--append", action="store_true", help=f"add rows to the {CSV_NAME} that is there")
+    parser.add_argument(
+        "--plot", type=Path, metavar="CSV", help="measure nothing: print and draw what is in this file"
+    )
     parser.add_argument("--list", action="store_true", help="the workloads, with shape and source, and the peers")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -65,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         if not args.plot.is_file():
             raise ValueError(f"--plot must name a CSV file of this command, got {args.plot}")
-        print("\n".join(f"picture: {path}" for path in _pictures(args.plot, args.out)))
-        return 0
+        return _show(args.plot, args.out, args.json)
     for name in ("gflop", "seconds", "time_limit"):
         if (given := getattr(args, name)) is not None and given <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {given:g}")
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         args.time_limit,
     )
     begun = time.perf_counter()
-    csv_file = runner.CsvFile(args.out / CSV_NAME)
+    csv_file = runner.CsvFile(args.out / CSV_NAME, args.append)
     with ExitStack() as stack:
         advance = _progress(stack, len(plan.workloads) * len(plan.dtypes))
         report = runner.run(plan, csv_file.write, advance)
@@ -112,12 +113,10 @@ def run(args: argparse.Namespace) -> int:
             "csv": str(csv_file.path),
         }, indent=2))  # fmt: skip
         return 0 if report.passed else 1
-    _print(report, plan.baseline, plan.workloads)
+    _print_rows(report.rows)
+    _print_refusals(report)
     if report.rows and not args.no_plots:
-        try:
-            print("\n".join(f"picture: {path}" for path in _pictures(csv_file.path, args.out)))
-        except ImportError as error:
-            print(f"no pictures: {error}")
+        _draw(csv_file.path, args.out)
     seconds = time.perf_counter() - begun
     print(f"{'passed' if report.passed else 'FAILED'}: {len(report.rows)} rows in {csv_file.path}, {seconds:.0f} s")
     return 0 if report.passed else 1
@@ -132,14 +131,29 @@ def _list() -> int:
     return 0
 
 
-def _pictures(csv_path: Path, out: Path) -> list[Path]:
+def _show(csv_path: Path, out: Path, as_json: bool) -> int:
+    """The table and the pictures of a file that is already there."""
+    from attnfuse.bench import runner
+
+    rows = runner.read_rows(csv_path)
+    if as_json:
+        print(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2))
+    else:
+        _print_rows(rows)
+        _draw(csv_path, out)
+    return 0 if rows else 1
+
+
+def _draw(csv_path: Path, out: Path) -> None:
     try:
         import matplotlib  # noqa: F401  (asked for here, to say what to install)
     except ImportError:
-        raise ImportError("drawing needs matplotlib: pip install attnfuse[bench]") from None
+        print("no pictures: drawing needs matplotlib: pip install attnfuse[bench]")
+        return
     from attnfuse.bench import plots
 
-    return plots.draw(csv_path, out)
+    for path in plots.draw(csv_path, out):
+        print(f"picture: {path}")
 
 
 def _progress(stack: ExitStack, total: int) -> Callable[[str], None]:
@@ -172,46 +186,54 @@ def _progress(stack: ExitStack, total: int) -> Callable[[str], None]:
     return tell
 
 
-def _print(report: Report, baseline: str, measured: Sequence[Workload]) -> None:
+def _print_rows(rows: Sequence[Row]) -> None:
     """attnfuse's milliseconds, then its time over each peer's."""
     by_case: dict[tuple[str, str, str], dict[str, Row]] = {}
-    for row in report.rows:
+    for row in rows:
         by_case.setdefault((row.workload, row.dtype, row.pass_), {})[row.peer] = row
-    names = [name for name in dict.fromkeys(row.peer for row in report.rows) if name != "attnfuse"]
+    names = [name for name in dict.fromkeys(row.peer for row in rows) if name != "attnfuse"]
     lines = []
-    for (workload, dtype, pass_), rows in by_case.items():
-        ours = rows.get("attnfuse")
+    for (workload, dtype, pass_), held in by_case.items():
+        ours = held.get("attnfuse")
+        if ours is None:
+            lines.append((workload, dtype, pass_, "-", *("-" for _ in names), "-", "-", "-", "-", "-", "-"))
+            continue
         ratios = []
         for name in names:
-            theirs = rows.get(name)
-            if ours is None or theirs is None:
-                ratios.append("-")
-            elif name == baseline and ours.ratio is not None:
-                ratios.append(f"{ours.ratio:.2f}")
-            else:
-                ratios.append(f"{ours.p50_ms / theirs.p50_ms:.2f}")
-        base = rows.get(baseline)
+            theirs = held.get(name)
+            by_round = ours.ratio if name == ours.baseline else None
+            ratio = None if theirs is None else by_round or ours.p50_ms / theirs.p50_ms
+            ratios.append("-" if ratio is None else f"{ratio:.2f}")
+        base = held.get(ours.baseline)
         lines.append((
-            workload, dtype, pass_, f"{ours.p50_ms:.3g}" if ours else "-", *ratios,
-            f"{ours.tflops:.3g}" if ours else "-", f"{ours.share_of_product:.0%}" if ours else "-",
-            f"{ours.gb_per_s:.3g}" if ours else "-", f"{ours.share_of_copy:.0%}" if ours else "-",
-            f"{ours.peak_mb:.1f}" if ours else "-", f"{base.peak_mb:.1f}" if base else "-",
+            workload, dtype, pass_, f"{ours.p50_ms:.3g}", *ratios, f"{ours.tflops:.3g}",
+            f"{ours.share_of_product:.0%}", f"{ours.gb_per_s:.3g}", f"{ours.share_of_copy:.0%}",
+            f"{ours.peak_mb:.1f}", f"{base.peak_mb:.1f}" if base else "-",
         ))  # fmt: skip
     columns = (
         "workload", "dtype", "pass", "attnfuse ms", *(f"/ {name}" for name in names), "TFLOP/s", "of product", "GB/s",
-        "of copy", "peak MiB", f"{baseline} MiB",
+        "of copy", "peak MiB", "baseline MiB",
     )  # fmt: skip
     table.show(columns, lines)
-    print(f"/ PEER: attnfuse's time over the peer's, below 1 where attnfuse is faster; {baseline} round by round")
-    for dtype, found in report.ceilings.items():
+    if rows:
         print(
-            f"this machine in {dtype}: {found.tflops:.3g} TFLOP/s, {found.gb_per_s:.3g} GB/s ({found.how}, same run)"
+            f"/ PEER: attnfuse's time over the peer's, below 1 where attnfuse is faster; / {rows[0].baseline}, the "
+            "baseline, round by round"
         )
-    smaller = [w for w in measured if w.scale != "1"]
+    for dtype, row in {row.dtype: row for row in rows}.items():
+        print(
+            f"{row.device} in {dtype}, same run: {row.product_tflops:.3g} TFLOP/s in a large product, "
+            f"{row.copy_gb_per_s:.3g} GB/s in a large copy"
+        )
+    smaller = {row.workload: row for row in rows if row.scale != "1"}
     if smaller:
-        print(f"made smaller for this machine, {len(smaller)} of {len(measured)} workloads:")
-        for w in smaller:
-            print(f"  {w.name}: {w.shape} ({w.scale})")
+        print(f"made smaller for this machine, {len(smaller)} of {len({row.workload for row in rows})} workloads:")
+        for row in smaller.values():
+            print(f"  {row.workload}: {row.shape} ({row.scale})")
+
+
+def _print_refusals(report: Report) -> None:
+    """What gave no row, and why."""
     counted = Counter((x.peer, x.reason) for x in report.refusals if not x.failed)
     for (peer, reason), count in counted.items():
         print(f"no row for {peer}, {count} case(s): {reason}")
