@@ -31,6 +31,24 @@ def available() -> str | None:
     return None
 
 
+@lru_cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@lru_cache
+def _structs() -> Any:
+    """triton_kernels.tile, which imports triton: not before it is needed, and once."""
+    from ..triton_kernels import tile
+
+    return tile
+
+
 def rejects(problem: Problem) -> str | None:
     """Why this problem is not served; None if it is."""
     if problem.query.dtype == torch.float64:
@@ -216,24 +234,6 @@ def _dkdv(
     if grad_pairs is None or mask is None:
         return grad_key, grad_value, None
     return grad_key, grad_value, grad_pairs.sum_to_size(mask.shape).to(mask.dtype)
-
-
-@lru_cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@lru_cache
-def _has_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
-@lru_cache
-def _structs() -> Any:
-    """triton_kernels.tile, which imports triton: not before it is needed, and once."""
-    from ..triton_kernels import tile
-
-    return tile
 
 
 def _interpreted() -> bool:
