@@ -188,7 +188,8 @@ def measure(calls: int, repeats: int) -> list[dict[str, Any]]:
     with no_launches():
         for case, (query, sources) in cases().items():
             found = stages(query, sources)
-            counted, timed = {}, {}
+            counted: dict[tuple[str, str], dict[str, int]] = {}
+            timed: dict[str, float] = {}
             for grad in (False, True):
                 part = {key: call for key, call in found.items() if ("autograd" in key[1]) == grad}
                 with torch.set_grad_enabled(grad):

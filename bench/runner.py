@@ -329,7 +329,8 @@ def read_rows(path: Path) -> list[Row]:
         reader = csv.DictReader(file)
         if list(reader.fieldnames or ()) != [f.name for f in fields(Row)]:
             raise ValueError(f"{path} is not a CSV file that this version of attnfuse bench wrote")
-        kinds = {"int": int, "float": float, "float | None": lambda text: float(text) if text else None}
+        kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float}
+        kinds["float | None"] = lambda text: float(text) if text else None
         return [Row(**{f.name: kinds.get(str(f.type), str)(row[f.name]) for f in fields(Row)}) for row in reader]
 
 
