@@ -2,7 +2,8 @@
 
 On a GPU a duration lies between two events on the stream, and a buffer larger than the L2 cache is written before each.
 On a CPU it is wall time, and all contestants take turns in every round, so that what other processes take from the
-machine strikes all of them: ratios are formed round by round.
+machine strikes all of them: ratios are formed round by round. Where others take most of the machine, the CPU time of a
+single thread (`time.thread_time`) is the clock to use.
 """
 
 from __future__ import annotations
@@ -19,13 +20,18 @@ from torch import Tensor
 FLUSH_BYTES = 256 * 2**20  # more than any card's L2
 
 Contestant = Callable[["Stopwatch"], None]
+Clock = Callable[[], float]
 
 
 class Stopwatch:
-    """Marks on the device's own time line: `mark` sets one, `laps` reads the milliseconds between them."""
+    """Marks on the device's own time line: `mark` sets one, `laps` reads the milliseconds between them.
 
-    def __init__(self, device: str) -> None:
+    clock: what a mark reads on a CPU.
+    """
+
+    def __init__(self, device: str, clock: Clock = time.perf_counter) -> None:
         self.on_gpu = device != "cpu"
+        self.clock = clock
         self.marks: list[Any] = []
 
     def mark(self) -> None:
@@ -34,7 +40,7 @@ class Stopwatch:
             event.record()
             self.marks.append(event)
         else:
-            self.marks.append(time.perf_counter())
+            self.marks.append(self.clock())
 
     def laps(self) -> list[float]:
         pairs = zip(self.marks, self.marks[1:])
@@ -45,7 +51,7 @@ class Stopwatch:
 
 
 def race(
-    contestants: dict[str, Contestant], device: str, seconds: float, most: int = 25
+    contestants: dict[str, Contestant], device: str, seconds: float, clock: Clock = time.perf_counter, most: int = 25
 ) -> dict[str, list[list[float]]]:
     """The laps of each contestant, round by round: 3 rounds at least, `most` at most, no new one after `seconds`.
 
@@ -59,7 +65,7 @@ def race(
             break
         watches = {}
         for name, run in contestants.items():
-            watches[name] = watch = Stopwatch(device)
+            watches[name] = watch = Stopwatch(device, clock)
             if flush is not None:
                 flush.zero_()
             run(watch)
@@ -112,7 +118,9 @@ class Ceilings:
     how: str
 
 
-def ceilings(dtype: torch.dtype, device: str, seconds: float = 1.0) -> Ceilings:
+def ceilings(
+    dtype: torch.dtype, device: str, clock: Clock = time.perf_counter, seconds: float = 1.0
+) -> Ceilings:
     """The best of a few products and copies: a ceiling is what the machine can do when nothing disturbs it."""
     side, nbytes = (8192, 2**30) if device != "cpu" else (2048, 2**28)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -130,7 +138,7 @@ def ceilings(dtype: torch.dtype, device: str, seconds: float = 1.0) -> Ceilings:
 
     laps = race(
         {"product": timed(lambda: torch.mm(a, b, out=product)), "copy": timed(lambda: target.copy_(source))},
-        device, seconds,
+        device, seconds, clock,
     )  # fmt: skip
     fastest = {name: min(lap for (lap,) in rounds) for name, rounds in laps.items()}
     return Ceilings(

@@ -200,6 +200,7 @@ def _roof(axis: Any, rows: Rows, groups: list[str]) -> None:
             x, y = held.get("attnfuse") or next(iter(held.values()))
             axis.annotate(workload, (x, y), (5, -2), textcoords="offset points", fontsize=6, va="top")
     axis.set(xscale="log", yscale="log", xlim=(low, high))
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("operations for each byte that has to move")
     axis.set_ylabel(unit)
     axis.grid(color="#eeeeee", linewidth=0.6)

@@ -39,6 +39,7 @@ class Row:
     source: str
     dtype: str
     pass_: str
+    clock: str  # events (GPU), wall, or cpu: the CPU time of one thread
     peer: str
     peer_version: str
     p20_ms: float
@@ -90,6 +91,11 @@ class Plan:
     entries: float = 2.0**24  # (row, column) pairs the reference may look at for one case
     passes: Sequence[str] = PASSES
     time_limit: float | None = None
+    cpu_time: bool = False  # the CPU time of the one thread torch then uses, instead of wall time
+
+    @property
+    def clock(self) -> measure.Clock:
+        return time.thread_time if self.cpu_time else time.perf_counter
 
 
 @dataclass
@@ -120,7 +126,7 @@ def run(plan: Plan, write: Callable[[Row], None], advance: Callable[[str], None]
     machine = Machine.here(plan)
     begun = time.perf_counter()
     for dtype in plan.dtypes:
-        report.ceilings[short(dtype)] = measure.ceilings(dtype, plan.device)
+        report.ceilings[short(dtype)] = measure.ceilings(dtype, plan.device, plan.clock)
         for workload in plan.workloads:
             late = plan.time_limit is not None and time.perf_counter() - begun > plan.time_limit
             if late:
@@ -204,9 +210,11 @@ def _one(
     forward = [x for x in ready if "forward" in plan.passes]
     training = [x for x in ready if x.training is not None]
     laps = {
-        "forward": measure.race({x.peer.name: _forward(x.call) for x in forward}, plan.device, plan.seconds),
+        "forward": measure.race(
+            {x.peer.name: _forward(x.call) for x in forward}, plan.device, plan.seconds, plan.clock
+        ),
         "training": measure.race(
-            {x.peer.name: _training(x.call, inputs) for x in training}, plan.device, plan.seconds
+            {x.peer.name: _training(x.call, inputs) for x in training}, plan.device, plan.seconds, plan.clock
         ),
     }  # fmt: skip
     found = report.ceilings[short(dtype)]
@@ -224,7 +232,7 @@ def _one(
             rate = workload.bytes(pass_, dtype.itemsize) / p50 / 1e6
             yield Row(
                 workload.name, workload.group, workload.shape, workload.scale, workload.source, short(dtype), pass_,
-                x.peer.name, x.peer.version(), p20, p50, p80, len(times), plan.baseline,
+                "events" if plan.device != "cpu" else "cpu" if plan.cpu_time else "wall", x.peer.name, x.peer.version(), p20, p50, p80, len(times), plan.baseline,
                 measure.percentiles([a / b for a, b in zip(times, others)])[1] if others else None,
                 peaks[pass_] / 2**20, tflops, rate, tflops / found.tflops, rate / found.gb_per_s, found.tflops,
                 found.gb_per_s, verdict.coverage, verdict.worst, **asdict(machine),

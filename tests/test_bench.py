@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,7 +28,7 @@ SHAPES = (
 @pytest.fixture(autouse=True)
 def quick_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A large product and a large copy take a second each time."""
-    monkeypatch.setattr(measure, "ceilings", lambda dtype, device: measure.Ceilings(0.1, 10.0, "not measured"))
+    monkeypatch.setattr(measure, "ceilings", lambda *given: measure.Ceilings(0.1, 10.0, "not measured"))
 
 
 def bench(out: Path, *args: str) -> int:
@@ -128,6 +129,26 @@ def test_attnfuse_raising_is_a_failure_and_a_peer_that_does_not_serve_is_none(
     monkeypatch.setattr(peers.attnfuse, "multi_source_attention", raising)
     assert bench(tmp_path, "--shape", TINY, "--against", "torch") == 1
     assert "FAILED" in (said := capsys.readouterr().out) and "out of luck" in said
+
+
+def test_cpu_time_is_that_of_the_call_alone(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    try:
+        assert bench(tmp_path, "--shape", TINY, "--against", "torch", "--cpu-time") == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert {row["clock"] for row in rows_of(tmp_path)} == {"cpu"}
+
+    def asleep(watch: measure.Stopwatch) -> None:
+        watch.mark()
+        time.sleep(0.05)
+        watch.mark()
+
+    laps = {name: measure.race({"x": asleep}, "cpu", 0.01, clock)["x"] for name, clock in (
+        ("wall", time.perf_counter), ("cpu", time.thread_time),
+    )}  # fmt: skip
+    assert min(laps["wall"])[0] > 49 and min(laps["cpu"])[0] < 25
 
 
 def test_json_and_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

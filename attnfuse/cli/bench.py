@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gflop", type=float, help="make workloads smaller until a forward has this many billion operations"
     )
     parser.add_argument("--seconds", type=float, help="time for the rounds of one workload in one direction")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="on a busy CPU: one thread, and its CPU time instead of wall time"
+    )
     parser.add_argument("--time-limit", type=float, help="begin no further workload after this many seconds")
     parser.add_argument("--out", type=Path, default=Path(), help=f"folder for {CSV_NAME} and the pictures")
     parser.add_argument("--no-plots", action="store_true", help="only the CSV file")
@@ -82,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     for name in chosen:
         if name not in named:
             raise ValueError(f"--against must be one of {', '.join(named)}, got {name!r}")
+    if args.cpu_time and device != "cpu":
+        raise ValueError("--cpu-time is for a CPU: on a GPU the device's own events are the clock")
     gflop = args.gflop or (CPU_GFLOP[args.quick] if device == "cpu" else None)
     own = [workloads.parse_shape(text) for text in args.shape]
     listed = [] if own and not args.workload else workloads.select(args.workload, args.quick)
@@ -100,7 +105,10 @@ def run(args: argparse.Namespace) -> int:
         ENTRIES[args.quick] if device == "cpu" else 2.0**28,
         args.passes or PASSES,
         args.time_limit,
+        args.cpu_time,
     )
+    if args.cpu_time:
+        torch.set_num_threads(1)  # a thread's clock does not see the others
     begun = time.perf_counter()
     csv_file = runner.CsvFile(args.out / CSV_NAME, args.append)
     with ExitStack() as stack:
@@ -222,7 +230,7 @@ def _print_rows(rows: Sequence[Row]) -> None:
         )
     for dtype, row in {row.dtype: row for row in rows}.items():
         print(
-            f"{row.device} in {dtype}, same run: {row.product_tflops:.3g} TFLOP/s in a large product, "
+            f"{row.device} in {dtype}, clock {row.clock}, same run: {row.product_tflops:.3g} TFLOP/s in a large product, "
             f"{row.copy_gb_per_s:.3g} GB/s in a large copy"
         )
     smaller = {row.workload: row for row in rows if row.scale != "1"}
