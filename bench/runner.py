@@ -97,6 +97,10 @@ class Plan:
     def clock(self) -> measure.Clock:
         return time.thread_time if self.cpu_time else time.perf_counter
 
+    @property
+    def clock_name(self) -> str:
+        return "events" if self.device != "cpu" else "cpu" if self.cpu_time else "wall"
+
 
 @dataclass
 class Report:
@@ -155,7 +159,9 @@ class Machine:
 
     @staticmethod
     def here(plan: Plan) -> Machine:
-        device = f"{info.device()}, {torch.get_num_threads()} threads" if plan.device == "cpu" else info.device()
+        threads = torch.get_num_threads()
+        used = f", {threads} thread{'s' if threads > 1 else ''}" if plan.device == "cpu" else ""
+        device = info.device() + used
         return Machine(
             device, torch.__version__, info.installed("triton") or "none", torch.version.cuda or "none",
             attnfuse.__version__, commit(), plan.command,
@@ -232,7 +238,7 @@ def _one(
             rate = workload.bytes(pass_, dtype.itemsize) / p50 / 1e6
             yield Row(
                 workload.name, workload.group, workload.shape, workload.scale, workload.source, short(dtype), pass_,
-                "events" if plan.device != "cpu" else "cpu" if plan.cpu_time else "wall", x.peer.name, x.peer.version(), p20, p50, p80, len(times), plan.baseline,
+                plan.clock_name, x.peer.name, x.peer.version(), p20, p50, p80, len(times), plan.baseline,
                 measure.percentiles([a / b for a, b in zip(times, others)])[1] if others else None,
                 peaks[pass_] / 2**20, tflops, rate, tflops / found.tflops, rate / found.gb_per_s, found.tflops,
                 found.gb_per_s, verdict.coverage, verdict.worst, **asdict(machine),

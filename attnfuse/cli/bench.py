@@ -230,8 +230,8 @@ def _print_rows(rows: Sequence[Row]) -> None:
         )
     for dtype, row in {row.dtype: row for row in rows}.items():
         print(
-            f"{row.device} in {dtype}, clock {row.clock}, same run: {row.product_tflops:.3g} TFLOP/s in a large product, "
-            f"{row.copy_gb_per_s:.3g} GB/s in a large copy"
+            f"{row.device} in {dtype}, clock {row.clock}, same run: {row.product_tflops:.3g} TFLOP/s in a large "
+            f"product, {row.copy_gb_per_s:.3g} GB/s in a large copy"
         )
     smaller = {row.workload: row for row in rows if row.scale != "1"}
     if smaller:
