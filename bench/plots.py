@@ -162,6 +162,17 @@ def _ceilings(rows: Rows) -> Figure | None:
     return figure
 
 
+def _label(axis: Any, points: dict[str, tuple[float, float]]) -> None:
+    """A name beside each point, but for those that would be written over another's."""
+    axis.get_ylim()  # settles the limits that are still to be drawn from the data
+    taken: list[tuple[float, float]] = []
+    for name, point in points.items():
+        x, y = axis.transAxes.inverted().transform(axis.transData.transform(point))
+        if all(abs(x - a) > 0.17 or abs(y - b) > 0.03 for a, b in taken):
+            taken.append((x, y))
+            axis.annotate(name, point, (5, -2), textcoords="offset points", fontsize=6, va="top")
+
+
 def _roof(axis: Any, rows: Rows, groups: list[str]) -> None:
     """One panel: attnfuse filled, the baseline hollow, a line between the two of a workload."""
     if not rows:
@@ -195,11 +206,8 @@ def _roof(axis: Any, rows: Rows, groups: list[str]) -> None:
         for peer, (x, y) in sorted(held.items(), key=lambda item: item[0] == "attnfuse"):
             face = colour if peer == "attnfuse" else "white"
             axis.plot(x, y, "o", color=colour, markerfacecolor=face, markersize=5)
-    if len(points) <= 14:
-        for workload, held in points.items():
-            x, y = held.get("attnfuse") or next(iter(held.values()))
-            axis.annotate(workload, (x, y), (5, -2), textcoords="offset points", fontsize=6, va="top")
     axis.set(xscale="log", yscale="log", xlim=(low, high))
+    _label(axis, {name: held.get("attnfuse") or next(iter(held.values())) for name, held in points.items()})
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("operations for each byte that has to move")
     axis.set_ylabel(unit)

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         chosen,
         next(name for name in [*(args.against or ()), "torch"] if not name.startswith("attnfuse")),
         device,
-        shlex.join(["attnfuse", *sys.argv[1:]]),
+        shlex.join(["attnfuse", *_without_out(sys.argv[1:])]),
         args.seconds or SECONDS[args.quick],
         ENTRIES[args.quick] if device == "cpu" else 2.0**28,
         args.passes or PASSES,
@@ -128,6 +128,15 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - begun
     print(f"{'passed' if report.passed else 'FAILED'}: {len(report.rows)} rows in {csv_file.path}, {seconds:.0f} s")
     return 0 if report.passed else 1
+
+
+def _without_out(words: Sequence[str]) -> list[str]:
+    """The command as it is written down: where the files went changes no figure."""
+    return [
+        word
+        for n, word in enumerate(words)
+        if word != "--out" and not word.startswith("--out=") and words[n - 1 : n] != ["--out"]
+    ]
 
 
 def _list() -> int:
