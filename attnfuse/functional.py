@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from . import dispatch, ops, transforms
 from .autograd import Attention
-from .problem import AuxOutput, AuxRequest, Problem, Source, Stream, bind, is_readable, sort_mask
+from .problem import AuxOutput, AuxRequest, Problem, Source, Stream, bind, has_passed, is_readable, sort_mask
 
 Window = tuple[int | None, int | None]
 # Held from the start: attnfuse.integrations.torch.patch_sdpa puts `attention` in its place.
@@ -354,21 +354,21 @@ def _attention_problem(
     return_aux: AuxRequest | None,
 ) -> tuple[Problem, tuple[int, ...] | None]:
     """The problem of an `attention` call, and (*leading, Nq) to give the result back in where the rank is not 4."""
-    for name, given in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+    shape = None
+    known = has_passed(query, key, value, enable_gqa)
+    if not known:
+        for name, given in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(given, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
     if attn_mask is not None and is_causal:
         raise ValueError("attn_mask must be None when is_causal=True, got both")
-    shape = None
-    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]) or (
-        not enable_gqa and not query.shape[1] == key.shape[1] == value.shape[1]
-    ):
+    if not known and not _are_four(query, key, value, enable_gqa):
         query, key, value, attn_mask, shape = _as_four(query, key, value, attn_mask, enable_gqa)
     source = Source(key, value, key_mask, None, None, is_causal, window)
     query, sources = _autocast(query, [source])
     problem = bind(
         query, sources, dropout_p=dropout_p, scale=scale, enable_gqa=enable_gqa, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, return_aux=return_aux, is_single=True,
+        alibi_slopes=alibi_slopes, sinks=sinks, return_aux=return_aux, is_single=True, known=known,
     )  # fmt: skip
     if attn_mask is not None:
         _add_attn_mask(problem, attn_mask)
@@ -390,6 +390,13 @@ def _add_attn_mask(problem: Problem, attn_mask: Tensor) -> None:
     sort_mask("attn_mask", attn_mask, bound, (*problem.query.shape[:3], bound.key.shape[2]))
     if key_mask is not None and bound.key_mask is not key_mask and bound.key_mask is not None:
         bound.key_mask = bound.key_mask & key_mask
+
+
+def _are_four(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether nothing has to be broadcast to four dimensions."""
+    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
+        return False
+    return enable_gqa or query.shape[1] == key.shape[1] == value.shape[1]
 
 
 def _as_four(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -243,6 +244,8 @@ def empty_output(problem: Problem, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised (B, Hq, Nq, Dv) output whose dimensions lie in memory in the query's own order."""
     query = problem.query
     shape = (*query.shape[:3], problem.value_dim)
+    if query.is_contiguous():
+        return torch.empty(shape, dtype=dtype or query.dtype, device=query.device)
     strides = query.stride()
     order = sorted(range(3), key=lambda d: -strides[d]) + [3]
     return torch.empty_permuted(shape, order, dtype=dtype or query.dtype, device=query.device)
@@ -257,6 +260,38 @@ def _describe(given: object) -> str:
 def _require_tensor(name: str, given: object) -> None:
     if not isinstance(given, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(given).__name__}")
+
+
+# Query, key and value signatures that passed `check_query` and `_check_key_value`, which look at nothing else: a call
+# like one before is not checked again.
+_PASSED: set[tuple[Any, ...]] = set()
+_MOST_PASSED = 4096
+
+
+def has_passed(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> bool:
+    """Whether tensors of these shapes, dtypes and devices were found good before (never while compiling)."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return _signature(query, key, value, enable_gqa) in _PASSED
+    except (AttributeError, RuntimeError, TypeError):  # not tensors, or of shapes that cannot be hashed
+        return False
+
+
+def _remember(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if len(_PASSED) >= _MOST_PASSED:
+        _PASSED.clear()
+    with suppress(RuntimeError, TypeError):
+        _PASSED.add(_signature(query, key, value, enable_gqa))
+
+
+def _signature(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[Any, ...]:
+    return (
+        query.__class__, query.shape, query.dtype, query.device, key.__class__, key.shape, key.dtype, key.device,
+        value.__class__, value.shape, value.dtype, value.device, enable_gqa,
+    )  # fmt: skip
 
 
 def check_query(query: Tensor) -> None:
@@ -409,13 +444,26 @@ def per_head(name: str, given: Tensor | float, query: Tensor, shapes: str) -> Te
     return given.to(dtype).expand(batch, heads)
 
 
+def _fits(source: Source, first: Source) -> bool:
+    """Whether a source that passed on its own has the first one's heads and value dim."""
+    return source.key.shape[1] == first.key.shape[1] and source.value.shape[3] == first.value.shape[3]
+
+
 def bind_source(
-    name: str, query: Tensor, source: Source, first: Source, enable_gqa: bool, column: int, mask_name: str = ""
-) -> BoundSource:
-    """Check `source` against `query` and sort what it carries; errors call its fields `name` + field."""
-    if not isinstance(source, Source):
-        raise TypeError(f"{name.rstrip('.')} must be an attnfuse.Source, got {type(source).__name__}")
-    _check_key_value(name, query, source, first, enable_gqa)
+    name: str, query: Tensor, source: Source, first: Source, enable_gqa: bool, column: int, mask_name: str = "",
+    known: bool = False,
+) -> BoundSource:  # fmt: skip
+    """Check `source` against `query` and sort what it carries; errors call its fields `name` + field.
+
+    known: `has_passed` said so of query, key and value.
+    """
+    if not known:
+        if not isinstance(source, Source):
+            raise TypeError(f"{name.rstrip('.')} must be an attnfuse.Source, got {type(source).__name__}")
+        known = has_passed(query, source.key, source.value, enable_gqa)
+    if not known or (source is not first and not _fits(source, first)):
+        _check_key_value(name, query, source, first, enable_gqa)
+        _remember(query, source.key, source.value, enable_gqa)
     key, value = source.key, source.value
     batch, heads, rows, _ = query.shape
     # Kernels read rows of D contiguous numbers; any other stride is theirs to follow.
@@ -453,19 +501,22 @@ def bind(
     sinks: Tensor | None = None,
     return_aux: AuxRequest | None = None,
     is_single: bool = False,
+    known: bool = False,
 ) -> Problem:
     """Check every argument and return the problem; raises ValueError or TypeError with one sentence.
 
     is_single: the caller is `attention`, whose users know the source's fields as key, value and key_mask.
+    known: `has_passed` said so of the single source.
     """
-    check_query(query)
+    if not known:
+        check_query(query)
     check_scalars(dropout_p, scale, softcap)
     if not isinstance(sources, (list, tuple)) or not sources:
         raise ValueError(f"sources must be a non-empty list of attnfuse.Source, got {sources!r}")
     bound, column = [], 0
     for s, source in enumerate(sources):
         name, mask_name = ("", "key_mask") if is_single else (f"sources[{s}].", "")
-        bound.append(bind_source(name, query, source, sources[0], enable_gqa, column, mask_name))
+        bound.append(bind_source(name, query, source, sources[0], enable_gqa, column, mask_name, known))
         column += source.key.shape[2]
     if sinks is not None:
         _require_tensor("sinks", sinks)

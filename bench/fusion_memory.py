@@ -5,28 +5,28 @@
 mmdit       MMDiTBlock, two streams of N tokens, B2 width 256, 8 heads of 32
 bottleneck  BottleneckFusion, two modalities of N tokens, B2 width 256, 8 heads of 32, 4 bottlenecks, 4 layers
 
-Each figure is how far the process's peak rises over one forward and backward, in a fresh process each (Linux, float32,
-CPU). The concatenated forms call F.scaled_dot_product_attention; results and gradients must agree first.
+Each figure is how far what torch's allocator holds rises over building the block and its inputs and one forward and
+backward (float32, CPU). The concatenated forms call F.scaled_dot_product_attention; results and gradients must agree
+first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnfuse.bench.measure import peak_bytes
 from attnfuse.fusion import BottleneckFusion
 from attnfuse.fusion.mmdit import MMDiTBlock
 
 BATCH, DIM, HEADS = 2, 256, 8
-Run = Callable[[nn.Module, list[Tensor]], list[Tensor]]
+Run = Callable[[Any, list[Tensor]], list[Tensor]]
 
 
 def mmdit() -> nn.Module:
@@ -40,11 +40,11 @@ def bottleneck() -> nn.Module:
     return BottleneckFusion({"a": DIM, "b": DIM}, DIM, HEADS, 4)
 
 
-def mmdit_sources(block: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+def mmdit_sources(block: Any, inputs: list[Tensor]) -> list[Tensor]:
     return list(block(inputs, time_cond=inputs[0][:, 0]))
 
 
-def mmdit_concatenated(block: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+def mmdit_concatenated(block: Any, inputs: list[Tensor]) -> list[Tensor]:
     cond = F.silu(inputs[0][:, 0])
     modulations = [linear(cond)[:, None].chunk(6, dim=-1) for linear in block.to_cond]
     parts = []
@@ -63,11 +63,11 @@ def mmdit_concatenated(block: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
     return results
 
 
-def bottleneck_sources(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+def bottleneck_sources(module: Any, inputs: list[Tensor]) -> list[Tensor]:
     return [module(dict(zip("ab", inputs))).fused]
 
 
-def bottleneck_concatenated(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+def bottleneck_concatenated(module: Any, inputs: list[Tensor]) -> list[Tensor]:
     streams = {name: module.embed[name](x) for name, x in zip("ab", inputs)}
     shared = module.bottleneck.expand(BATCH, -1, -1)
     count = shared.shape[1]
@@ -96,23 +96,13 @@ def both_passes(case: str, form: str, length: int) -> list[Tensor]:
     module = CASES[case][0]()
     inputs = [torch.randn(BATCH, length, DIM, requires_grad=True) for _ in range(2)]
     results = CASES[case][1][form](module, inputs)
-    sum(x.square().mean() for x in results).backward()
+    torch.stack([x.square().mean() for x in results]).sum().backward()
     return [x.detach() for x in results] + [x.grad for x in (*inputs, *module.parameters()) if x.grad is not None]
 
 
-def peak_rise(case: str, form: str, length: int) -> float:
-    """Megabytes by which the process's peak rises over one forward and backward (run in a process of its own)."""
-    both_passes(case, form, 64)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before = peak_megabytes()
-    both_passes(case, form, length)
-    return peak_megabytes() - before
-
-
-def peak_megabytes() -> float:
-    """The process's peak resident memory (Linux)."""
-    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
+def peak_megabytes(case: str, form: str, length: int) -> float:
+    """Megabytes by which what torch's allocator holds rises over one forward and backward."""
+    return peak_bytes(lambda: both_passes(case, form, length), "cpu") / 2**20
 
 
 def main() -> None:
@@ -123,11 +113,7 @@ def main() -> None:
     rows = []
     for case, (_, forms) in CASES.items():
         torch.testing.assert_close(*(both_passes(case, form, 100) for form in forms))
-        rises = {}
-        for form in forms:
-            # A fresh process each, so that no earlier peak hides this one's.
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                rises[form] = pool.submit(peak_rise, case, form, args.length).result()
+        rises = {form: peak_megabytes(case, form, args.length) for form in forms}
         ratio = rises["sources"] / rises["concatenated"]
         rows.append({"case": case, "length": args.length, **{f"{k}_mb": v for k, v in rises.items()}, "ratio": ratio})
         if not args.json:

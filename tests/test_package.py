@@ -62,7 +62,7 @@ def pip_wheel(source: Path, out: Path) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["csrc", "triton_kernels"])
+@pytest.mark.parametrize("name", ["bench", "csrc", "triton_kernels"])
 def test_the_links_name_real_directories(name: str) -> None:
     link = ROOT / "attnfuse" / name
     assert link.is_symlink()
@@ -80,6 +80,15 @@ def test_wheel_holds_the_kernels_as_files_and_nothing_at_the_top(wheel: Path) ->
             assert held.read(f"attnfuse/triton_kernels/{name}") == (ROOT / "triton_kernels" / name).read_bytes()
         assert "attnfuse/py.typed" in names
         assert {"attnfuse/cli/main.py", "attnfuse/nn/__init__.py", "attnfuse/fusion/__init__.py"} <= set(names)
+
+
+def test_wheel_holds_what_attnfuse_bench_runs(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as held:
+        names = held.namelist()
+        packed = sorted(name.removeprefix("attnfuse/bench/") for name in names if name.startswith("attnfuse/bench/"))
+        assert packed == sorted(path.name for path in (ROOT / "bench").glob("*.py"))
+        for name in packed:
+            assert held.read(f"attnfuse/bench/{name}") == (ROOT / "bench" / name).read_bytes()
 
 
 def test_wheel_holds_what_the_extension_is_built_from(wheel: Path) -> None:
@@ -121,9 +130,13 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 q, k, v = (x.to(device) for x in (q, k, v))
 out = attnfuse.attention(q, k, v, backend="triton")
 torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, k, v))
+import attnfuse.cli.main
+shape = ["--shape", "b=1,h=2,q=8,k=8+8,d=16", "--pass", "forward", "--against", "torch", "--seconds", "0.01"]
+assert attnfuse.cli.main.main(["bench", *shape, "--out", "results"]) == 0
 print(attnfuse.__version__)
 """
-    assert python("-c", program, cwd=tmp_path).split() == [attnfuse.__version__]
+    assert python("-c", program, cwd=tmp_path).splitlines()[-1] == attnfuse.__version__
+    assert (tmp_path / "results" / "attnfuse_bench_ratios.png").exists()
     assert (target / "bin" / "attnfuse").exists()
 
 

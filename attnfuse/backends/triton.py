@@ -24,18 +24,33 @@ _WIDEST = 2**29
 
 def available() -> str | None:
     """Why the backend cannot run on this machine at all; None if it can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "triton is not installed"
-    if not torch.cuda.is_available() and not _interpreted():
+    if not _has_gpu() and not _interpreted():
         return "there is no GPU here, and TRITON_INTERPRET=1 is not set"
     return None
 
 
+@lru_cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@lru_cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@lru_cache
+def _structs() -> Any:
+    """triton_kernels.tile, which imports triton: not before it is needed, and once."""
+    from ..triton_kernels import tile
+
+    return tile
+
+
 def rejects(problem: Problem) -> str | None:
     """Why this problem is not served; None if it is."""
-    missing = available()
-    if missing is not None:
-        return missing
     if problem.query.dtype == torch.float64:
         return "the Triton kernels compute in float32: float64 is not served"
     if problem.dropout_p == 1.0:
@@ -494,26 +509,20 @@ def _precision(query: Tensor) -> str:
 
 
 def _strided(x: Tensor) -> Any:
-    from ..triton_kernels.tile import Strided
-
-    return Strided(x, x.stride(0), x.stride(1), x.stride(2))
+    return _structs().Strided(x, x.stride(0), x.stride(1), x.stride(2))
 
 
 def _pairs(mask: Tensor) -> Any:
     """A 4-D mask that broadcasts: stride 0 along every size of 1."""
-    from ..triton_kernels.tile import Strided
-
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride())]
-    return Strided(mask.view(torch.uint8) if mask.dtype == torch.bool else mask, *strides)
+    return _structs().Strided(mask.view(torch.uint8) if mask.dtype == torch.bool else mask, *strides)
 
 
 def _shared(problem: Problem) -> Any:
-    from ..triton_kernels.tile import Shared
-
     query, slopes, softcap, p = problem.query, problem.alibi_slopes, problem.softcap, problem.dropout_p
     natural = query.dtype == torch.float32
     units = 1.0 if natural else math.log2(math.e)
-    return Shared(
+    return _structs().Shared(
         1 if natural else None,
         problem.scale * units,
         problem.scale / softcap if softcap else None,
@@ -531,12 +540,10 @@ def _shared(problem: Problem) -> Any:
 
 
 def _source(source: BoundSource) -> Any:
-    from ..triton_kernels.tile import Source
-
     left = None if source.window_left == UNBOUNDED else min(source.window_left, _WIDEST)
     right = None if source.window_right == UNBOUNDED else min(source.window_right, _WIDEST)
     bias, keys, present = source.bias, source.key_mask, source.present
-    return Source(
+    return _structs().Source(
         _strided(source.key),
         _strided(source.value),
         source.key.shape[2],

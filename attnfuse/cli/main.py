@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 COMMANDS = {
     "info": "this machine, the versions, and each backend: available or why not",
     "check": "hold every backend this machine can run to the error budget; exit 1 on any failure",
+    "bench": "time attnfuse against its peers, each row checked first; exit 1 on any wrong result",
     "demo": "train audio-visual digit classifiers at each level of fusion, on the CPU, in minutes",
 }
 
