@@ -27,8 +27,8 @@ from fusion_modules import (
     result,
     tensors,
 )
+from inside import Inside
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnfuse.fusion as af
 from attnfuse.fusion import FusionOutput
@@ -491,7 +491,7 @@ def test_compiled_to_machine_code_equals_eager():
 # nothing is concatenated
 
 
-class JoinWatch(TorchDispatchMode):
+class JoinWatch(Inside):
     """Notes every concatenation and stack of floating-point tensors, however it is spelled in Python.
 
     Heads (B, H, N, D) that are copied piece by piece into one buffer count as well: that is a concatenation too.
@@ -504,7 +504,7 @@ class JoinWatch(TorchDispatchMode):
         self.ranks: set[int] = set()
         self.pieces: dict[int, list[Tensor]] = {}  # the tensors too, so that no address is used again
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def saw(self, func, args, made):
         if func in self.JOINS and len(args[0]) > 1:
             first = args[0][0]
             # a column (..., 1) is a statistic of each row, such as a mass, and no key
@@ -517,7 +517,6 @@ class JoinWatch(TorchDispatchMode):
                 pieces.append(args[0])
                 if len({piece.storage_offset() for piece in pieces}) > 1:
                     self.ranks.add(4)
-        return func(*args, **(kwargs or {}))
 
 
 # What may be joined, by class or case: the highest rank, and why it is no keys or values of several sources.

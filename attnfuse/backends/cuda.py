@@ -11,32 +11,22 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import build
 from ..problem import UNBOUNDED, BoundSource, Gradients, Problem
-from .rows import empty_results, empty_rows, exact_delta, on_device_of, sinks_gradient
+from .rows import constant_when_compiled, empty_results, empty_rows, exact_delta, on_device_of, sinks_gradient
 
 # As csrc/attention.h has them.
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_SOURCES = 8
 _NO_ROWS = (0, 0, 0, 0, 0)
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def constant_when_compiled(function: Function) -> Function:
-    """torch.compiler.assume_constant_result by the mark it sets: it would import torch._dynamo, and that triton.
-
-    Triton decides on import whether it interprets; a caller may set TRITON_INTERPRET after importing this package.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @constant_when_compiled  # looks at files, which torch.compile cannot trace

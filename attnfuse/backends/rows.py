@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from ..problem import Problem, empty_output
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: Function) -> Function:
+    """torch.compiler.assume_constant_result by the mark it sets: it would import torch._dynamo, and that triton.
+
+    Triton decides on import whether it interprets; a caller may set TRITON_INTERPRET after importing this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def on_device_of(x: Tensor) -> torch.cuda.device:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..problem import UNBOUNDED, BoundSource, Gradients, Problem
-from .rows import empty_results, empty_rows, exact_delta, on_device_of, sinks_gradient
+from .rows import constant_when_compiled, empty_results, empty_rows, exact_delta, on_device_of, sinks_gradient
 
 # Wider than any sequence, and far from where int32 sums of positions would wrap.
 _WIDEST = 2**29
 
 
+@constant_when_compiled
 def available() -> str | None:
     """Why the backend cannot run on this machine at all; None if it can."""
     if not _is_installed():
