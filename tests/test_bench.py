@@ -151,6 +151,22 @@ def test_cpu_time_is_that_of_the_call_alone(tmp_path: Path) -> None:
     assert min(laps["wall"])[0] > 49 and min(laps["cpu"])[0] < 25
 
 
+def test_nobody_comes_first_in_every_round() -> None:
+    told: list[str] = []
+
+    def teller(name: str) -> measure.Contestant:
+        def run(watch: measure.Stopwatch) -> None:
+            told.append(name)
+            watch.mark()
+            watch.mark()
+
+        return run
+
+    laps = measure.race({name: teller(name) for name in "abc"}, "cpu", 0.0, most=3)
+    assert ["".join(told[n : n + 3]) for n in range(0, len(told), 3)] == ["abc", "bca", "cab", "abc"]
+    assert {len(rounds) for rounds in laps.values()} == {3}  # the first round only warms up
+
+
 def test_json_and_the_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shapes = ("--shape", TINY, "--shape", "b=1,h=1,q=8,d=8", "--dtype", "float32", "--dtype", "bfloat16")
     assert bench(tmp_path, *shapes, "--pass", "forward", "--against", "torch", "--json") == 0
