@@ -198,7 +198,8 @@ def build_emulation(
     host += ["-O1" if extra else "-O2", *extra]
     ninja = _NinjaFile(build_dir)
     objects = _host_objects(ninja, sources_dir, host, "_emulated", "")
-    sources = [source for source in sorted((sources_dir / "emulation").glob("*.cpp")) if source.stem != "selftest"]
+    machine = sorted((sources_dir / "emulation").glob("*.cpp"))
+    sources = [source for source in machine if not source.stem.startswith("selftest")]
     for source in sorted((sources_dir / "instances").glob("*.cu")):
         if only is None or any(fnmatch(source.stem, pattern) for pattern in only):
             sources.append(source)

@@ -9,6 +9,7 @@ __device__ __forceinline__ int thread_index() { return threadIdx.x; }
 __device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 __device__ __forceinline__ int lane_index() { return threadIdx.x % 32; }
 __device__ __forceinline__ int block_index() { return blockIdx.x; }
+__device__ __forceinline__ int block_count() { return gridDim.x; }
 
 // Every thread of the block arrives before any goes on; shared memory written before is seen after.
 __device__ __forceinline__ void barrier() { __syncthreads(); }
