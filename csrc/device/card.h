@@ -27,8 +27,6 @@ inline int compute_capability(int device) {
 }
 inline int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
 // Bytes of shared memory a block may ask for.
-inline int shared_memory_limit(int device) {
-    return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
+inline int shared_memory_limit(int device) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
 
 }  // namespace attnfuse

@@ -1,4 +1,5 @@
-// mbarrier (sm_90): a barrier in shared memory, 8 bytes on 8 bytes, that counts arrivals of threads and bytes of copies.
+// mbarrier (sm_90): a barrier in shared memory, 8 bytes on 8 bytes, that counts arrivals of threads and bytes of
+// copies.
 //
 // A phase completes when as many threads have arrived as mbarrier_init said and all bytes that were announced have
 // landed. What the arriving threads did before, and the copies, are seen by threads that have waited for the phase.
@@ -23,18 +24,15 @@ __device__ __forceinline__ void mbarrier_arrive_expecting(SharedAddress barrier,
 }
 // Until the phase of this parity has completed: that of the first is 0, and 1 stands for the one before it, which has.
 __device__ __forceinline__ void mbarrier_wait(SharedAddress barrier, int parity) {
-    uint32_t done = 0;
-    do {
-        asm volatile(
-            "{\n"
-            ".reg .pred done;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-            "selp.b32 %0, 1, 0, done;\n"
-            "}"
-            : "=r"(done)
-            : "r"(barrier), "r"(parity)
-            : "memory");
-    } while (done == 0);
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
 }
 
 }  // namespace attnfuse

@@ -32,7 +32,8 @@ inline TensorMap encode_tensor_map(
         const cudaError_t status =
             cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
 #else
-        const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+        const cudaError_t status =
+            cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
         require(status, "the driver's cuTensorMapEncodeTiled could not be asked for");
         if (result != cudaDriverEntryPointSuccess) {

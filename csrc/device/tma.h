@@ -21,10 +21,9 @@ __device__ __forceinline__ void tma_load(
 // The box in shared memory to the tensor, less what is outside of it. Belongs to this thread's next group.
 __device__ __forceinline__ void tma_store(
     SharedAddress from, const TensorMap& map, int column, int row, int head, int batch) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%1, {%2, %3, %4, %5}], [%0];" ::"r"(from), "l"(&map),
-        "r"(column), "r"(row), "r"(head), "r"(batch)
-        : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%1, {%2, %3, %4, %5}], [%0];" ::"r"(from),
+                 "l"(&map), "r"(column), "r"(row), "r"(head), "r"(batch)
+                 : "memory");
 }
 __device__ __forceinline__ void tma_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 // All groups of this thread have read what they store: shared memory may be written again.

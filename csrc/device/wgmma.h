@@ -26,6 +26,13 @@ __device__ __forceinline__ MatrixDescriptor matrix_descriptor(SharedAddress star
     return kSwizzle128 | uint64_t{stride >> 4} << 32 | uint64_t{leading >> 4} << 16 | (start >> 4 & 0x3fff);
 }
 
+// The same matrix `bytes` further on.
+__device__ __forceinline__ MatrixDescriptor further(MatrixDescriptor matrix, uint32_t bytes) {
+    // Addresses end below 2^18: nothing is carried into the upper word, which need not be added to.
+    return (matrix & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(matrix) + (bytes >> 4));
+}
+
+// What these registers hold is computed here, and not after what follows.
 template <int N>
 __device__ __forceinline__ void pin(float (&x)[N][4]) {
 #pragma unroll
@@ -57,62 +64,72 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
 }
 
 // One instruction for each N. What differs: the list of d's registers, and the numbers of the operands behind them.
-#define WGMMA_LIST_32 \
+#define WGMMA_LIST_32                                                        \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_LIST_40 \
-    WGMMA_LIST_32 ", " \
-    "%32, %33, %34, %35, %36, %37, %38, %39"
+    WGMMA_LIST_32     \
+        ", "          \
+        "%32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_LIST_56 \
+    WGMMA_LIST_40     \
+        ", "          \
+        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"
 #define WGMMA_LIST_64 \
-    WGMMA_LIST_40 ", " \
-    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
-    "%56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_LIST_128 \
-    WGMMA_LIST_64 ", " \
-    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
-    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+    WGMMA_LIST_56     \
+        ", "          \
+        "%56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_LIST_128                                                                                 \
+    WGMMA_LIST_64                                                                                      \
+        ", "                                                                                           \
+        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define WGMMA_D_8(n)                                                                                        \
+#define WGMMA_D_8(n)                                                                                            \
     WGMMA_D(n), WGMMA_D(n + 1), WGMMA_D(n + 2), WGMMA_D(n + 3), WGMMA_D(n + 4), WGMMA_D(n + 5), WGMMA_D(n + 6), \
         WGMMA_D(n + 7)
 #define WGMMA_D_32 WGMMA_D_8(0)
 #define WGMMA_D_40 WGMMA_D_32, WGMMA_D(8), WGMMA_D(9)
+#define WGMMA_D_56 WGMMA_D_40, WGMMA_D(10), WGMMA_D(11), WGMMA_D(12), WGMMA_D(13)
 #define WGMMA_D_64 WGMMA_D_32, WGMMA_D_8(8)
 #define WGMMA_D_128 WGMMA_D_64, WGMMA_D_8(16), WGMMA_D_8(24)
 
-#define WGMMA_PRODUCT(N, TYPES, REGISTERS, A, B, ADD, IMMEDIATES, ...)                                               \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." \
-                 TYPES " {" WGMMA_LIST_##REGISTERS "}, " A ", " B ", add, 1, 1, " IMMEDIATES ";\n}"                  \
-                 : WGMMA_D_##REGISTERS                                                                              \
+#define WGMMA_PRODUCT(N, TYPES, REGISTERS, A, B, ADD, IMMEDIATES, ...)                                         \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N      \
+                 "k16.f32." TYPES " {" WGMMA_LIST_##REGISTERS "}, " A ", " B ", add, 1, 1, " IMMEDIATES ";\n}" \
+                 : WGMMA_D_##REGISTERS                                                                         \
                  : __VA_ARGS__, "r"(static_cast<int>(accumulate)))
 
 // wgmma: d (+)= A B^T, both in shared memory with rows along K. wgmma_transposed: d (+)= A B, A in registers (they
 // belong to the product like d), B in shared memory with rows along N.
-#define WGMMA_DECLARE(N, REGISTERS, I0, I1, I2, I3, I4, I5)                                                            \
-    template <typename T>                                                                                             \
-    __device__ __forceinline__ void wgmma(                                                                            \
-        float (&d)[N / 8][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {                              \
-        if constexpr (std::is_same_v<T, bf16>) {                                                                      \
-            WGMMA_PRODUCT(N, "bf16.bf16", REGISTERS, I0, I1, I2, "0, 0", "l"(a), "l"(b));                             \
-        } else {                                                                                                      \
-            WGMMA_PRODUCT(N, "f16.f16", REGISTERS, I0, I1, I2, "0, 0", "l"(a), "l"(b));                               \
-        }                                                                                                             \
-    }                                                                                                                 \
-    template <typename T>                                                                                             \
-    __device__ __forceinline__ void wgmma_transposed(                                                                 \
-        float (&d)[N / 8][4], uint32_t (&a)[4], MatrixDescriptor b, bool accumulate) {                                \
-        if constexpr (std::is_same_v<T, bf16>) {                                                                      \
-            WGMMA_PRODUCT(N, "bf16.bf16", REGISTERS, "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, "1", "r"(a[0]),      \
-                "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                             \
-        } else {                                                                                                      \
-            WGMMA_PRODUCT(N, "f16.f16", REGISTERS, "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, "1", "r"(a[0]),        \
-                "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                             \
-        }                                                                                                             \
+#define WGMMA_DECLARE(N, REGISTERS, I0, I1, I2, I3, I4, I5)                                                       \
+    template <typename T>                                                                                         \
+    __device__ __forceinline__ void wgmma(                                                                        \
+        float(&d)[N / 8][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {                           \
+        if constexpr (std::is_same_v<T, bf16>) {                                                                  \
+            WGMMA_PRODUCT(N, "bf16.bf16", REGISTERS, I0, I1, I2, "0, 0", "l"(a), "l"(b));                         \
+        } else {                                                                                                  \
+            WGMMA_PRODUCT(N, "f16.f16", REGISTERS, I0, I1, I2, "0, 0", "l"(a), "l"(b));                           \
+        }                                                                                                         \
+    }                                                                                                             \
+    template <typename T>                                                                                         \
+    __device__ __forceinline__ void wgmma_transposed(                                                             \
+        float(&d)[N / 8][4], uint32_t(&a)[4], MatrixDescriptor b, bool accumulate) {                              \
+        if constexpr (std::is_same_v<T, bf16>) {                                                                  \
+            WGMMA_PRODUCT(                                                                                        \
+                N, "bf16.bf16", REGISTERS, "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, "1", "r"(a[0]), "r"(a[1]), \
+                "r"(a[2]), "r"(a[3]), "l"(b));                                                                    \
+        } else {                                                                                                  \
+            WGMMA_PRODUCT(                                                                                        \
+                N, "f16.f16", REGISTERS, "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, "1", "r"(a[0]), "r"(a[1]),   \
+                "r"(a[2]), "r"(a[3]), "l"(b));                                                                    \
+        }                                                                                                         \
     }
 WGMMA_DECLARE(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 WGMMA_DECLARE(80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
+WGMMA_DECLARE(112, 56, "%56", "%57", "%58", "%59", "%60", "%61")
 WGMMA_DECLARE(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 WGMMA_DECLARE(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 
@@ -120,12 +137,14 @@ WGMMA_DECLARE(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef WGMMA_PRODUCT
 #undef WGMMA_D_128
 #undef WGMMA_D_64
+#undef WGMMA_D_56
 #undef WGMMA_D_40
 #undef WGMMA_D_32
 #undef WGMMA_D_8
 #undef WGMMA_D
 #undef WGMMA_LIST_128
 #undef WGMMA_LIST_64
+#undef WGMMA_LIST_56
 #undef WGMMA_LIST_40
 #undef WGMMA_LIST_32
 

@@ -156,8 +156,8 @@ std::string mbarrier_states(const Block& block) {
     for (const Mbarrier& barrier : block.mbarriers) {
         if (!barrier.waiting.empty()) {
             text += "; " + name(barrier) + " is in phase " + std::to_string(barrier.phase) + ", " +
-                    std::to_string(barrier.pending) + " of " + std::to_string(barrier.expected) +
-                    " arrivals and " + std::to_string(barrier.bytes) + " bytes short";
+                    std::to_string(barrier.pending) + " of " + std::to_string(barrier.expected) + " arrivals and " +
+                    std::to_string(barrier.bytes) + " bytes short";
         }
     }
     return text;

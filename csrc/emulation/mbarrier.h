@@ -20,8 +20,7 @@ void bytes_landed(Block& block, Mbarrier& barrier, uint32_t bytes, Where where);
 
 }  // namespace emulation
 
-inline void mbarrier_init(
-    SharedAddress barrier, int arrivals, emulation::Where where = emulation::Where::current()) {
+inline void mbarrier_init(SharedAddress barrier, int arrivals, emulation::Where where = emulation::Where::current()) {
     emulation::init_mbarrier(barrier, arrivals, where);
 }
 inline void mbarrier_arrive(SharedAddress barrier, emulation::Where where = emulation::Where::current()) {
@@ -31,8 +30,7 @@ inline void mbarrier_arrive_expecting(
     SharedAddress barrier, int bytes, emulation::Where where = emulation::Where::current()) {
     emulation::arrive_mbarrier(barrier, bytes, where);
 }
-inline void mbarrier_wait(
-    SharedAddress barrier, int parity, emulation::Where where = emulation::Where::current()) {
+inline void mbarrier_wait(SharedAddress barrier, int parity, emulation::Where where = emulation::Where::current()) {
     emulation::wait_mbarrier(barrier, parity, where);
 }
 

@@ -262,8 +262,7 @@ void SharedMemory::begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t
 
 void SharedMemory::land_tensor_copy(
     const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where) {
-    const Access writer{
-        block.first_epoch, time, 0, static_cast<uint16_t>(kAgents + mbarrier), line_id(where)};
+    const Access writer{block.first_epoch, time, 0, static_cast<uint16_t>(kAgents + mbarrier), line_id(where)};
     for (uint32_t i = (to - kSharedBase) / 2; i < (to - kSharedBase + bytes) / 2; ++i) {
         granules_[i].copy_line = 0;
         granules_[i].writer = writer;

@@ -487,6 +487,7 @@ std::vector<Check> asynchronous_checks() {
     return {
         {"wgmma bf16, 64 columns", on_hopper<check_product<bf16, 64, false>>},
         {"wgmma fp16, 80 columns", on_hopper<check_product<fp16, 80, false>>},
+        {"wgmma bf16, 112 columns", on_hopper<check_product<bf16, 112, false>>},
         {"wgmma fp16, 128 columns", on_hopper<check_product<fp16, 128, false>>},
         {"wgmma transposed bf16, 64 columns", on_hopper<check_product<bf16, 64, true>>},
         {"wgmma transposed fp16, 128 columns", on_hopper<check_product<fp16, 128, true>>},

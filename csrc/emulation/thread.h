@@ -27,7 +27,8 @@ inline uint32_t ballot(bool vote, emulation::Where where = emulation::Where::cur
     return emulation::ballot(vote, where);
 }
 
-// Only a matter of registers on a GPU.
+// Only matters of registers on a GPU.
+inline int uniform(int x) { return x; }
 inline int recomputed(int x) { return x; }
 
 }  // namespace attnfuse

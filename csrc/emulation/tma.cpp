@@ -19,7 +19,8 @@ void for_each_number(const Box& box, uint32_t shared, Move move) {
         const auto inside = [](int64_t index, uint64_t size) {
             return index >= 0 && static_cast<uint64_t>(index) < size;
         };
-        const bool is_row = inside(row, map.sizes[1]) && inside(box.at[2], map.sizes[2]) && inside(box.at[3], map.sizes[3]);
+        const bool is_row =
+            inside(row, map.sizes[1]) && inside(box.at[2], map.sizes[2]) && inside(box.at[3], map.sizes[3]);
         unsigned char* const begin = is_row ? map.data + row * static_cast<int64_t>(map.strides[0]) +
                                                   box.at[2] * static_cast<int64_t>(map.strides[1]) +
                                                   box.at[3] * static_cast<int64_t>(map.strides[2])
@@ -82,8 +83,7 @@ TensorMapFields unpacked(const TensorMap& map, Where where) {
     return fields;
 }
 
-void begin_tensor_copy(
-    SharedAddress to, const TensorMap& map, SharedAddress address, const int (&at)[4], Where where) {
+void begin_tensor_copy(SharedAddress to, const TensorMap& map, SharedAddress address, const int (&at)[4], Where where) {
     maybe_yield();
     Thread& thread = *current;
     Block& block = *thread.block;

@@ -14,12 +14,10 @@ void fence_proxy();
 
 }  // namespace emulation
 
-inline void named_barrier_sync(
-    int barrier, int threads, emulation::Where where = emulation::Where::current()) {
+inline void named_barrier_sync(int barrier, int threads, emulation::Where where = emulation::Where::current()) {
     emulation::sync_named_barrier(barrier, threads, where);
 }
-inline void named_barrier_arrive(
-    int barrier, int threads, emulation::Where where = emulation::Where::current()) {
+inline void named_barrier_arrive(int barrier, int threads, emulation::Where where = emulation::Where::current()) {
     emulation::arrive_named_barrier(barrier, threads, where);
 }
 template <int Count>

@@ -141,8 +141,7 @@ void log_product(Warp& warp, const Product& product, int columns) {
     const int64_t number = warp.products.count++;
     const auto index = static_cast<std::size_t>(number - log.first);
     if (index == log.entries.size()) {
-        log.entries.push_back(
-            {product.a, product.b, columns, product.transposed, product.accumulate, product.where});
+        log.entries.push_back({product.a, product.b, columns, product.transposed, product.accumulate, product.where});
     } else {
         const WarpgroupLog::Entry& first = log.entries[index];
         if (first.a != product.a || first.b != product.b || first.columns != columns ||
@@ -175,7 +174,8 @@ std::shared_ptr<Accumulators> accumulators_of(Warp& warp, int columns, Where whe
                 complain(
                     warp.threads[0], where,
                     "issues a product to registers of the product issued at " + place(held->where) +
-                        (held->products == 0 ? ", which no wgmma_wait has named since" : ", which is of another shape"));
+                        (held->products == 0 ? ", which no wgmma_wait has named since"
+                                             : ", which is of another shape"));
             }
             return held;
         }
@@ -263,8 +263,7 @@ void compute(Warp& warp, const Product& product) {
         const int first = 16 * (thread.index / 32 % 4);
         for (int row = 0; row < 16; ++row) {
             for (int k = 0; k < 16; k += 8) {
-                read_numbers<T>(
-                    reinterpret_cast<float(&)[8]>(a[row][k]), shared.bytes_at(along_k(at, first + row, k)));
+                read_numbers<T>(reinterpret_cast<float(&)[8]>(a[row][k]), shared.bytes_at(along_k(at, first + row, k)));
             }
         }
     }
@@ -371,8 +370,7 @@ void execute_fence(Warp& warp) {
         for (int i = 0; i < named.count; ++i) {
             const Registers& registers = named.registers[i];
             std::erase_if(thread.fenced, [&](const FencedRegisters& range) { return range.begin == registers.begin; });
-            thread.fenced.push_back(
-                {registers.begin, registers.bytes, hash(registers.begin, registers.bytes)});
+            thread.fenced.push_back({registers.begin, registers.bytes, hash(registers.begin, registers.bytes)});
         }
     }
 }

@@ -46,6 +46,12 @@ inline MatrixDescriptor matrix_descriptor(SharedAddress start, uint32_t leading,
     return kSwizzle128 | uint64_t{stride >> 4} << 32 | uint64_t{leading >> 4} << 16 | (start >> 4 & 0x3fff);
 }
 
+inline MatrixDescriptor further(MatrixDescriptor matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+
+// Only a matter of the compiler's on a GPU.
+template <int N>
+inline void pin(float (&)[N][4]) {}
+
 template <typename X>
 inline void wgmma_fence(X& x, emulation::Where where = emulation::Where::current()) {
     const emulation::Registers named[] = {emulation::registers_of(x)};
