@@ -26,6 +26,9 @@ CSRC = (Path(__file__).parent / "csrc").resolve()
 # Machine code for Ampere and Hopper, and PTX that later cards' drivers compile.
 DEFAULT_ARCHITECTURES = ("sm_80", "sm_90", "compute_90")
 OLDEST = 80
+# Instances with this suffix use instructions of Hopper alone; they are built where sm_90 is among the architectures.
+HOPPER = "sm_90a"
+HOPPER_SUFFIX = "_sm90"
 USUAL_HOME = Path("/usr/local/cuda")
 SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
 
@@ -142,21 +145,27 @@ def build_cuda(build_dir: Path, output: Path, quiet: bool = False) -> Path:
     project = [f"-I{CSRC / folder}" for folder in ("", "device", "core")]
     nvcc = [
         str(home / "bin" / "nvcc"), f"-ccbin={_cxx()}", "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v",
-        "-Xcompiler=-fPIC,-fvisibility=hidden", *project, *_gencode(names),
+        "-Xcompiler=-fPIC,-fvisibility=hidden", *project,
     ]  # fmt: skip
     if len(names) > 1:
         nvcc.append("--threads=2")  # architectures side by side: the largest kernel is what all wait for
+    hopper = any(name.rstrip("af") == "sm_90" for name in names)
     host = ["-O3", "-fPIC", "-fvisibility=hidden", *project, f"-isystem{include}"]
+    host += ["-DATTNFUSE_SM90"] if hopper else []
     ninja = _NinjaFile(build_dir)
     ninja.rule(
         "nvcc",
-        f"{_command(nvcc)} -MD -MF $out.d -c $in -o $out > $log 2>&1 || {{ cat $log; exit 1; }}",
+        f"{_command(nvcc)} $gencode -MD -MF $out.d -c $in -o $out > $log 2>&1 || {{ cat $log; exit 1; }}",
         "nvcc $name",
     )
     objects = []
     for source in sorted((CSRC / "instances").glob("*.cu")):
+        is_hopper = source.stem.endswith(HOPPER_SUFFIX)
+        if is_hopper and not hopper:
+            continue
         log = f"{source.stem}.ptxas.txt"
-        objects.append(ninja.compile("nvcc", source, CSRC, {"log": log}))
+        gencode = _gencode((HOPPER,) if is_hopper else names)
+        objects.append(ninja.compile("nvcc", source, CSRC, {"log": log, "gencode": _command(gencode)}))
     objects += _host_objects(ninja, CSRC, host, "_cuda", " ".join(names))
     # The runtime's symbols stay inside: torch brings a CUDA runtime of its own, maybe of another version.
     libraries = [str(static_runtime), "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL", "-s"]
@@ -186,7 +195,8 @@ def build_emulation(
         raise BuildError(f"the emulation of the CUDA kernels cannot be built: {reason}")
     sources_dir = Path(sources_dir).resolve()
     # Products and sums are rounded one by one, as written: multiply_add is the kernels' word for the other thing.
-    host = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DATTNFUSE_EMULATION"]
+    host = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+    host += ["-DATTNFUSE_EMULATION", "-DATTNFUSE_SM90"]
     host += [f"-I{sources_dir / folder}" for folder in ("", "emulation", "core")]
     extra = []
     if sanitize is not None:
@@ -198,7 +208,8 @@ def build_emulation(
     host += ["-O1" if extra else "-O2", *extra]
     ninja = _NinjaFile(build_dir)
     objects = _host_objects(ninja, sources_dir, host, "_emulated", "")
-    sources = [source for source in sorted((sources_dir / "emulation").glob("*.cpp")) if source.stem != "selftest"]
+    machine = sorted((sources_dir / "emulation").glob("*.cpp"))
+    sources = [source for source in machine if not source.stem.startswith("selftest")]
     for source in sorted((sources_dir / "instances").glob("*.cu")):
         if only is None or any(fnmatch(source.stem, pattern) for pattern in only):
             sources.append(source)

@@ -156,7 +156,7 @@ def _wanted(plain: str) -> str:
 
 def read_build(folder: Path = ROOT / "build" / "cuda") -> list[Kernel]:
     """Every kernel of the objects that setup.py has compiled. Raises FileNotFoundError if there are none."""
-    objects = sorted((folder / "instances").glob("*.o"))
+    objects = [o for o in sorted((folder / "instances").glob("*.o")) if not o.stem.endswith(build.HOPPER_SUFFIX)]
     if not objects:
         raise FileNotFoundError(f"{folder} holds no compiled kernels: install attnfuse where there is an nvcc")
     return [kernel for path in objects for kernel in kernels(path)]

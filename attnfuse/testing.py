@@ -258,9 +258,12 @@ def live_rows(problem: Problem) -> Tensor:
 
 
 def run(
-    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", *, oracle: bool = False
+    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", *, oracle: bool = False, gradients: bool = True
 ) -> dict[str, Tensor]:
-    """out, lse, mass and every gradient of a case, in float64; `oracle` takes the rounded inputs to float64."""
+    """out, lse, mass and every gradient of a case, in float64; `oracle` takes the rounded inputs to float64.
+
+    Without `gradients` only the forward pass is run.
+    """
     problem = build(case, dtype, device, poison=not oracle)
     live = live_rows(problem)
     if oracle:
@@ -272,7 +275,7 @@ def run(
     for s, source in enumerate(problem.sources):
         for field in ("key", "value", "attn_mask", "bias"):
             names[f"{field}{s}"] = getattr(source, field)
-    wanted = {name: x for name, x in names.items() if x is not None and x.is_floating_point()}
+    wanted = {name: x for name, x in names.items() if gradients and x is not None and x.is_floating_point()}
     if backend == "aten":
         wanted = {name: x for name, x in wanted.items() if not name.startswith("attn_mask")}
     for x in wanted.values():
@@ -306,13 +309,15 @@ def run(
     return {name: x.detach().double().cpu() for name, x in found.items()}
 
 
-def judge(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> list[Result]:
+def judge(
+    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", *, gradients: bool = True
+) -> list[Result]:
     """Every quantity of `case` as `backend` computes it, against the error budget."""
-    exact = run(case, "reference", dtype, device, oracle=True)
+    exact = run(case, "reference", dtype, device, oracle=True, gradients=gradients)
     # A gradient may be 0 by cancellation alone; what was cancelled is as large as the case's other gradients.
     floors = [0.0, max((size(x) for name, x in exact.items() if name[0] == "d"), default=0.0)]
-    low = run(case, "rounded", dtype, device)
-    ours = run(case, backend, dtype, device)
+    low = run(case, "rounded", dtype, device, gradients=gradients)
+    ours = run(case, backend, dtype, device, gradients=gradients)
     results = []
     for quantity, x in ours.items():
         # A gradient, float32 ones too, goes through delta = dout . out, and out is rounded to the dtype.

@@ -112,9 +112,14 @@ struct TileShape {
     int32_t columns;
     int32_t threads;
     int32_t shared_bytes;
+    const char* schedule = "mma.sync, a block a tile";
 };
 
-// The tiles of every kernel at a padded head dim: more than one of a pass where it has a choice or several launches.
+// The tile of the forward kernel that attn_fwd would launch for these params.
+TileShape attn_fwd_tile(const ForwardParams& params);
+
+// The tiles of every sm_80 kernel at a padded head dim: more than one of a pass where it has a choice or several
+// launches.
 std::vector<TileShape> tile_shapes(int dim_padded);
 
 // 64, 96, 128 or 256: the head dim that (dim, value_dim) is computed in.

@@ -174,6 +174,10 @@ PYBIND11_MODULE(ATTNFUSE_MODULE, module) {
         }
         return shapes;
     });
+    module.def("attn_fwd_tile", [](const ForwardParams& params) {
+        const TileShape tile = attn_fwd_tile(params);
+        return py::make_tuple(tile.pass, tile.rows, tile.columns, tile.threads, tile.shared_bytes, tile.schedule);
+    });
     module.def("attn_fwd", &enqueue<ForwardParams, attn_fwd>, Unlocked());
     module.def("attn_bwd_delta", &enqueue<BackwardParams, attn_bwd_delta>, Unlocked());
     module.def("attn_bwd_dq", &enqueue<BackwardParams, attn_bwd_dq>, Unlocked());
@@ -183,6 +187,8 @@ PYBIND11_MODULE(ATTNFUSE_MODULE, module) {
 #ifdef ATTNFUSE_EMULATION
     module.def("set_seed", &emulation::set_seed);
     module.def("set_shared_memory_limit", &emulation::set_shared_memory_limit);
+    module.def("set_architecture", &emulation::set_architecture);
+    module.def("set_multiprocessors", &emulation::set_multiprocessors);
     module.def("bank_conflicts", [] { return emulation::bank_conflicts; });
 #endif
 }

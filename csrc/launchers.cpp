@@ -3,6 +3,7 @@
 #include <string>
 
 #include "attention.h"
+#include "card.h"
 #include "core/logit_units.h"
 
 namespace attnfuse {
@@ -29,6 +30,14 @@ void attn_bwd_delta(const BackwardParams& params, void* stream);
 template <typename T>
 void attn_bwd_convert(const BackwardParams& params, void* stream);
 }  // namespace sm80
+
+namespace sm90 {
+// Instantiated in instances/*_sm90.cu, which are compiled where Hopper is among the architectures (ATTNFUSE_SM90).
+template <typename T, int D>
+void attn_fwd(const ForwardParams& params, void* stream);
+template <int D>
+std::vector<TileShape> attn_fwd_tiles();
+}  // namespace sm90
 
 namespace {
 
@@ -64,6 +73,51 @@ void with_dim(int dim_padded, Call call) {
     }
 }
 
+// Head dims that Hopper's kernels are built for: 96 runs in 128.
+template <typename Call>
+void with_hopper_dim(int dim_padded, Call call) {
+    switch (dim_padded) {
+        case 64:
+            return call(Dim<64>{});
+        case 96:
+        case 128:
+            return call(Dim<128>{});
+        default:
+            return call(Dim<256>{});
+    }
+}
+
+// Whether a tensor map can describe x (batch, heads, rows, .): rows on 16 bytes, and no stride of 0 or from 2^40 bytes.
+bool has_map(const Rows& x, int batch, int heads, int rows) {
+    const auto fits = [](int64_t stride, int count) { return count == 1 || (stride > 0 && stride < int64_t{1} << 39); };
+    return x.data != nullptr && x.aligned && fits(x.batch, batch) && fits(x.head, heads) && fits(x.row, rows);
+}
+
+#ifdef ATTNFUSE_SM90
+constexpr bool kHasHopper = true;
+#else
+constexpr bool kHasHopper = false;
+#endif
+
+// Hopper's forward kernel takes what runs on compute capability 9.0 and has tensor maps of the query, the output and
+// every key and value that is not empty. Everything else is the sm_80 kernel's.
+bool on_hopper(const ForwardParams& p) {
+    const Shape& shape = p.shape;
+    if (!kHasHopper || compute_capability(shape.device) != 90 || shape.rows == 0 ||
+        !has_map(p.query, shape.batch, shape.heads, shape.rows) ||
+        !has_map(p.out, shape.batch, shape.heads, shape.rows)) {
+        return false;
+    }
+    for (int s = 0; s < shape.source_count; ++s) {
+        const SourceParams& source = p.sources[s];
+        if (source.columns > 0 && !(has_map(source.key, shape.batch, shape.key_heads, source.columns) &&
+                                    has_map(source.value, shape.batch, shape.key_heads, source.columns))) {
+            return false;
+        }
+    }
+    return true;
+}
+
 // `params` with what launchers fill in.
 template <typename Params>
 Params completed(Params params) {
@@ -97,8 +151,28 @@ std::vector<TileShape> tile_shapes(int dim_padded) {
     return shapes;
 }
 
+TileShape attn_fwd_tile(const ForwardParams& given) {
+    const ForwardParams params = completed(given);
+    TileShape tile;
+    if constexpr (kHasHopper) {
+        if (on_hopper(params)) {
+            with_hopper_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { tile = sm90::attn_fwd_tiles<D>()[0]; });
+            return tile;
+        }
+    }
+    with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { tile = sm80::attn_fwd_tiles<D>()[0]; });
+    return tile;
+}
+
 void attn_fwd(const ForwardParams& given, void* stream) {
     const ForwardParams params = completed(given);
+    if constexpr (kHasHopper) {
+        if (on_hopper(params)) {
+            return with_dtype(params.shape, [&]<typename T>(Type<T>) {
+                with_hopper_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { sm90::attn_fwd<T, D>(params, stream); });
+            });
+        }
+    }
     with_dtype(params.shape, [&]<typename T>(Type<T>) {
         with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { sm80::attn_fwd<T, D>(params, stream); });
     });

@@ -23,6 +23,7 @@ class Fault(NamedTuple):
 
 _FWD, _DQ, _DKDV, _ROWS = (f"sm80/attn_{name}.cuh" for name in ("fwd", "bwd_dq", "bwd_dkdv", "bwd_rows"))
 _TILE, _MASKS, _LOGITS = "sm80/tile.cuh", "core/masks.cuh", "core/logits.cuh"
+_FRAGMENT, _SOFTMAX = "core/fragment.cuh", "core/softmax.cuh"
 
 FAULTS = [
     # waits and barriers
@@ -55,13 +56,13 @@ FAULTS = [
           "mma_m16n8k16<T>(acc[m][n], left[m], right[0], right[1]);", "mma_m16n8k16<T>(acc[m][n], left[m], right[1], right[0]);"),
     Fault("mma: one column tile twice", _TILE,
           "mma_m16n8k16<T>(acc[m][n + 1], a[m][k], right[2], right[3]);", "mma_m16n8k16<T>(acc[m][n + 1], a[m][k], right[0], right[1]);"),
-    Fault("packed pairs in the wrong rows", _TILE,
+    Fault("packed pairs in the wrong rows", _FRAGMENT,
           "packed[n / 2][1] = pack<T>(x[n][2], x[n][3]);", "packed[n / 2][1] = pack<T>(x[n][0], x[n][1]);"),
     Fault("ds is read untransposed", _TILE, "a_column / 8 + lane / 8 % 2);", "a_column / 8 + lane / 16);"),
     Fault("a chunk in the wrong place of its group", _TILE, "(chunk ^ (chunks % kGroup * 16))", "(chunk + (chunks % kGroup * 16))"),
-    Fault("a reduction over two lanes of four", _TILE,
+    Fault("a reduction over two lanes of four", _FRAGMENT,
           "    x += shuffle_xor(x, 1);\n    return x + shuffle_xor(x, 2);", "    return x + shuffle_xor(x, 1);"),
-    Fault("a maximum over two lanes of four", _TILE, "return maximum(x, shuffle_xor(x, 2));", "return x;"),
+    Fault("a maximum over two lanes of four", _FRAGMENT, "return maximum(x, shuffle_xor(x, 2));", "return x;"),
     # strides and edges
     Fault("the head's stride for the batch's", _TILE, "stride_by(b, x.batch) + stride_by(h", "stride_by(b, x.head) + stride_by(h"),
     Fault("a row too many is stored", _TILE, "            if (first + row < limit && chunk * 8 < dim) {", "            if (first + row <= limit && chunk * 8 < dim) {"),
@@ -92,13 +93,13 @@ FAULTS = [
     Fault("the upper half of the live rows is lost", _ROWS, "lower | upper << 32", "lower | lower << 32"),
     # numbers
     Fault("the output is not rescaled", _FWD, "if (ballot(shrink != 1.0f) != 0) {", "if (false) {"),
-    Fault("the sum is not rescaled", _FWD, "            sum[m][r] *= shrink;\n", ""),
-    Fault("rows that saw nothing subtract -inf", _FWD, "const float from = now == -infinity() ? 0.0f : now;", "const float from = now;"),
-    Fault("finished sources are not rescaled", _FWD,
+    Fault("the sum is not rescaled", _SOFTMAX, "            sum[m][r] *= shrink;\n", ""),
+    Fault("rows that saw nothing subtract -inf", _SOFTMAX, "const float from = now == -infinity() ? 0.0f : now;", "const float from = now;"),
+    Fault("finished sources are not rescaled", _SOFTMAX,
           "multiply_add(finished_sum, exp2_approx(finished_largest - largest[m][r]), own)", "finished_sum + own"),
-    Fault("a source's sum runs on into the next", _FWD, "        sum[m][r] = 0.0f;\n        if (holds", "        if (holds"),
-    Fault("the sink does not join the denominator", _FWD, "sum = multiply_add(sum, shrink, exp2_approx(sink - now));", "sum = sum * shrink;"),
-    Fault("mass of sources never visited", _FWD, "    clear_mass(outputs);\n", ""),
+    Fault("a source's sum runs on into the next", _SOFTMAX, "        sum[m][r] = 0.0f;\n        if (holds", "        if (holds"),
+    Fault("the sink does not join the denominator", _SOFTMAX, "sum = multiply_add(sum, shrink, exp2_approx(sink - now));", "sum = sum * shrink;"),
+    Fault("mass of sources never visited", _FWD, "    clear_mass<kM>(outputs);\n", ""),
     Fault("the bias in natural units", _LOGITS, "stride_by(h, source.bias_head)) * kLog2e;", "stride_by(h, source.bias_head));"),
     Fault("no gradient through the softcap", _LOGITS, "dx[n][c] * multiply_add(-t, t, 1.0f)", "dx[n][c]"),
     Fault("delta without the mass", _ROWS, "delta = multiply_add(mass_gradient, load_global(p.mass", "delta = multiply_add(0.0f, load_global(p.mass"),

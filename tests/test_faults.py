@@ -6,70 +6,21 @@ a process that dies. Faults are built two at a time, with the instances of one h
 
 from __future__ import annotations
 
-import multiprocessing
-import shutil
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
 import pytest
-from faults import FAULTS, Fault, judge_all
+from faults import FAULTS, judge_all
+from planting import verdicts_on
 
 from attnfuse import build
 
 pytestmark = pytest.mark.skipif(build.why_no_emulation() is not None, reason=str(build.why_no_emulation()))
 
-WORKERS = 2
-TIMEOUT_S = 240
 NAMES = [fault.name for fault in FAULTS]
-
-
-def verdict_on(module: Path) -> str:
-    """Why the emulated kernels in `module` are caught; empty if they are not."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["attnfuse.testing"])
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=judge_all, args=(str(module), there), daemon=True)
-    process.start()
-    there.close()
-    try:
-        if not here.poll(TIMEOUT_S):
-            return "it does not end"
-        return str(here.recv())
-    except EOFError:
-        process.join()
-        return f"the process died with exit code {process.exitcode}"
-    finally:
-        process.kill()
-        process.join()
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The verdict on each fault, and on the kernels as they are under the name ""."""
-    root = tmp_path_factory.mktemp("faults")
-    folders = [root / str(n) for n in range(WORKERS)]
-    for folder in folders:
-        shutil.copytree(build.CSRC, folder / "csrc")
-    shares = [[Fault("", "attention.h", "", "")] * (n == 0) + FAULTS[n::WORKERS] for n in range(WORKERS)]
-
-    def one_share(n: int) -> dict[str, str]:
-        found = {}
-        for fault in shares[n]:
-            file = folders[n] / "csrc" / fault.file
-            whole = file.read_text()
-            file.write_text(whole.replace(fault.old, fault.new) if fault.old else whole)
-            try:
-                module = build.build_emulation(
-                    folders[n] / "build", only=["*_d64", "*_rows"], sources_dir=folders[n] / "csrc", quiet=True
-                )
-                found[fault.name] = verdict_on(module)
-            except build.BuildError as error:
-                found[fault.name] = f"NOT BUILT: {error}"
-            file.write_text(whole)
-        return found
-
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return {name: verdict for share in pool.map(one_share, range(WORKERS)) for name, verdict in share.items()}
+    return verdicts_on(FAULTS, judge_all, ["*_d64", "*_rows"], tmp_path_factory.mktemp("faults"))
 
 
 def test_every_fault_is_one_change() -> None:

@@ -1,7 +1,8 @@
 """The CUDA backend: csrc/, for NVIDIA cards of compute capability 8.0 and later.
 
 Off a GPU, ATTNFUSE_EMULATE=1 runs the same kernels on CPU tensors, as a proof: csrc compiled for the host, with
-csrc/emulation in the card's place. ATTNFUSE_EMULATE_SEED (0 if not set) shuffles the order in which threads take turns;
+csrc/emulation in the card's place. ATTNFUSE_EMULATE_ARCH (80 if not set, or 90) is the card's compute capability, which
+decides the kernels; ATTNFUSE_EMULATE_SEED (0 if not set) shuffles the order in which threads take turns;
 ATTNFUSE_EMULATE_MODULE names a module that is already built.
 """
 
@@ -37,6 +38,9 @@ def available() -> str | None:
     ready, seed = os.environ.get("ATTNFUSE_EMULATE_MODULE"), os.environ.get("ATTNFUSE_EMULATE_SEED", "0")
     if not seed.isdecimal():
         return f"ATTNFUSE_EMULATE_SEED must be a number of at least 0, got {seed!r}"
+    arch = os.environ.get("ATTNFUSE_EMULATE_ARCH", "80")
+    if arch not in ("80", "90"):
+        return f"ATTNFUSE_EMULATE_ARCH must be 80 or 90, got {arch!r}"
     if ready:
         return None if Path(ready).is_file() else f"ATTNFUSE_EMULATE_MODULE must name a file, got {ready!r}"
     missing = build.why_no_emulation()
@@ -64,15 +68,18 @@ def rejects(problem: Problem) -> str | None:
 
 
 def describe(problem: Problem) -> str:
-    """The tiles a call would use, for `explain`: rows x columns of each kernel."""
+    """The tiles a call would use, for `explain`: rows x columns of each kernel, and the forward's schedule."""
     module = _module(problem)
     dim = module.padded_dim(problem.query.shape[3], problem.value_dim)
+    out, lse, mass = empty_results(problem)
+    *tile, schedule = module.attn_fwd_tile(_forward_params(module, problem, out, lse, mass, []))
+    backward = [tile for tile in module.tile_shapes(dim) if tile[0] != "attn_fwd"]
     tiles = [
         f"{name} {rows}x{columns}, {threads // 32} warps, {shared / 1024:.0f} KB"
-        for name, rows, columns, threads, shared in module.tile_shapes(dim)
+        for name, rows, columns, threads, shared in (tile, *backward)
     ]
     emulated = ", emulated" if problem.query.device.type == "cpu" else ""
-    return f"mma.sync at head dim {dim}{emulated}; tiles " + "; ".join(tiles)
+    return f"{schedule}, head dim {dim}{emulated}; tiles " + "; ".join(tiles)
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,13 +90,17 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         return out, lse, mass
     module = _module(problem)
     kept: list[Tensor] = []
-    tensors = (_rows(query), _rows(out), lse.data_ptr(), _pointer(mass), _vector(problem.sinks, kept))
     with on_device_of(query):
-        module.attn_fwd(
-            module.ForwardParams(_shape(problem), tensors, tuple(_source(s, kept) for s in problem.sources)),
-            _stream(query),
-        )
+        module.attn_fwd(_forward_params(module, problem, out, lse, mass, kept), _stream(query))
     return out, lse, mass
+
+
+def _forward_params(
+    module: Any, problem: Problem, out: Tensor, lse: Tensor, mass: Tensor, kept: list[Tensor]
+) -> Any:
+    """attention.h's ForwardParams; what `kept` holds must live until the kernel is enqueued."""
+    tensors = (_rows(problem.query), _rows(out), lse.data_ptr(), _pointer(mass), _vector(problem.sinks, kept))
+    return module.ForwardParams(_shape(problem), tensors, tuple(_source(s, kept) for s in problem.sources))
 
 
 def backward(
@@ -234,6 +245,7 @@ def emulation() -> Any:
     finally:
         sys.setdlopenflags(flags)
     module.set_seed(int(os.environ.get("ATTNFUSE_EMULATE_SEED", "0")))
+    module.set_architecture(int(os.environ.get("ATTNFUSE_EMULATE_ARCH", "80")))
     return module
 
 

@@ -1,4 +1,4 @@
-// The host's side of a kernel: launching it, and what the current device can hold.
+// The host's side of a kernel: launching it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,21 +7,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "card.h"
+
 namespace attnfuse {
-
-inline void require(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-    }
-}
-
-// Bytes of shared memory a block may ask for.
-inline int shared_memory_limit(int device) {
-    int bytes = 0;
-    require(
-        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "no CUDA device to launch on");
-    return bytes;
-}
 
 // kernel<<<blocks, threads, shared_bytes, stream>>>(params)
 template <typename Params>

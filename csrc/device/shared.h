@@ -23,6 +23,11 @@ __device__ __forceinline__ void store_shared_16(SharedAddress to, uint16_t x) {
 __device__ __forceinline__ void store_shared_32(SharedAddress to, uint32_t x) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
 }
+__device__ __forceinline__ void store_shared_128(SharedAddress to, const Words4& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.word[0]), "r"(x.word[1]), "r"(x.word[2]),
+                 "r"(x.word[3])
+                 : "memory");
+}
 __device__ __forceinline__ uint16_t load_shared_16(SharedAddress from) {
     uint16_t x;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");

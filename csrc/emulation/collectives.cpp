@@ -37,7 +37,10 @@ struct ProductArguments {
     uint32_t b[2];
 };
 
-void execute_warp_sync(Warp& warp) { ++warp.epoch; }
+void execute_warp_sync(Warp& warp) {
+    ++warp.epoch;
+    join_clocks(warp.threads, 32);
+}
 
 void execute_shuffle(Warp& warp) {
     for (int lane = 0; lane < 32; ++lane) {

@@ -5,11 +5,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "card.h"
 #include "machine.h"
 
 namespace attnfuse {
-
-inline int shared_memory_limit(int /*device*/) { return emulation::shared_memory_bytes; }
 
 template <typename Params>
 void launch(

@@ -26,14 +26,7 @@ std::exception_ptr failure;
 uint32_t last_epoch = 0;
 uint64_t random_state = 1;
 
-// 0 to bound - 1, by xorshift.
-uint32_t random_below(uint64_t bound) {
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return static_cast<uint32_t>((random_state * 0x2545f4914f6cdd1du >> 32) * bound >> 32);
-}
-
+// There is one: a block in which nobody can run is a deadlock, reported before.
 Thread& take_runnable() {
     Thread*& chosen = runnable[random_below(runnable.size())];
     Thread& thread = *std::exchange(chosen, runnable.back());
@@ -101,26 +94,13 @@ std::string states(const Block& block) {
     return text;
 }
 
-// Called when a thread has stopped running, for good or to wait.
-void check_progress(const Block& block) {
-    if (block.running == 0 && block.unreturned != 0) {
-        fail("deadlock in block " + std::to_string(block.index) + ": " + states(block));
+// Called when a thread has stopped running, for good or to wait. Copies land at last where nobody else can go on.
+void check_progress(Block& block) {
+    while (block.running == 0 && block.unreturned != 0 && land_some_copy(block)) {
     }
-}
-
-void wait(const Collective& collective, Where where) {
-    Thread& thread = *current;
-    thread.waits_in = &collective;
-    thread.where = where;
-    --thread.block->running;
-    check_progress(*thread.block);
-    switch_threads();
-}
-
-void release(Thread& thread) {
-    thread.waits_in = nullptr;
-    ++thread.block->running;
-    runnable.push_back(&thread);
+    if (block.running == 0 && block.unreturned != 0) {
+        fail("deadlock in block " + std::to_string(block.index) + ": " + states(block) + mbarrier_states(block));
+    }
 }
 
 void thread_returned(Thread& thread) {
@@ -129,10 +109,14 @@ void thread_returned(Thread& thread) {
             who(thread) + " returned with copies in flight: the first was begun at " + place(thread.copies[0].where) +
             " and never waited for");
     }
+    check_thread_end(thread);
     thread.returned = true;
     --thread.block->running;
     --thread.block->unreturned;
     check_progress(*thread.block);
+    if (thread.block->unreturned == 0) {
+        check_block_end(*thread.block);
+    }
 }
 
 // What a fiber runs. A block's last thread goes back to the host, which cannot reuse a stack from on top of it.
@@ -155,9 +139,11 @@ void start_block(Block& block, int index, int shared_bytes) {
     const int count = static_cast<int>(block.threads.size());
     block.index = index;
     block.epoch = ++last_epoch;
+    block.first_epoch = block.epoch;
     block.running = count;
     block.unreturned = count;
     block.shared.reset(shared_bytes);
+    start_asynchronous(block);
     const int first_stack = static_cast<int>(&block - slots.data()) * count;
     for (Thread& thread : block.threads) {
         thread.returned = false;
@@ -187,6 +173,29 @@ void shape_slots(int count, int threads) {
 
 }  // namespace
 
+// By xorshift.
+uint32_t random_below(uint64_t bound) {
+    random_state ^= random_state >> 12;
+    random_state ^= random_state << 25;
+    random_state ^= random_state >> 27;
+    return static_cast<uint32_t>((random_state * 0x2545f4914f6cdd1du >> 32) * bound >> 32);
+}
+
+void wait(const Collective& collective, Where where) {
+    Thread& thread = *current;
+    thread.waits_in = &collective;
+    thread.where = where;
+    --thread.block->running;
+    check_progress(*thread.block);
+    switch_threads();
+}
+
+void release(Thread& thread) {
+    thread.waits_in = nullptr;
+    ++thread.block->running;
+    runnable.push_back(&thread);
+}
+
 void fail(const std::string& sentence) { throw std::runtime_error(sentence); }
 
 std::string who(const Thread& thread) {
@@ -200,6 +209,7 @@ void yield() {
 
 void yield_and_rearm() {
     accesses_to_yield = 1 + static_cast<int>(random_below(kAccessesToYield));
+    maybe_land_copy(*current->block);
     yield();
 }
 
@@ -218,6 +228,7 @@ void barrier(Where where) {
     }
     block.at_barrier = 0;
     block.epoch = ++last_epoch;
+    join_clocks(block.threads.data(), static_cast<int>(block.threads.size()));
     for (Thread& thread : block.threads) {
         if (&thread != current) {
             release(thread);
@@ -266,6 +277,7 @@ void run(int64_t blocks, int threads, int shared_bytes, void (*body)(const void*
     const std::lock_guard lock(one_at_a_time);
     kernel_body = body;
     kernel_argument = argument;
+    launched_blocks = static_cast<int>(blocks);
     // Seeds that differ in one bit shall differ in all.
     random_state = (seed + 1) * 0x9e3779b97f4a7c15u | 1;
     accesses_to_yield = 1;

@@ -35,15 +35,26 @@ uint16_t line_id(Where where) {
 }
 
 Access stamp(const Thread& thread, Where where) {
-    return {thread.block->epoch, thread.warp->epoch, static_cast<uint16_t>(thread.index), line_id(where)};
+    return {
+        thread.block->epoch, thread.block->clocked ? thread.clock[thread.index] : 0, thread.warp->epoch,
+        static_cast<uint16_t>(thread.index), line_id(where)};
 }
 
 bool same_warp(const Access& a, const Access& b) { return a.thread / 32 == b.thread / 32; }
 
-// Of one block.
-bool unordered(const Access& before, const Access& me) {
-    return before.block_epoch == me.block_epoch && before.thread != me.thread &&
-           (!same_warp(before, me) || before.warp_epoch == me.warp_epoch);
+// Whether nothing orders `before` and `me`, which `thread` does now. Of one block.
+bool unordered(const Access& before, const Access& me, const Thread& thread) {
+    const Block& block = *thread.block;
+    if (before.thread >= kAgents) {
+        return before.block_epoch == block.first_epoch &&
+               thread.clock[block.threads.size() + (before.thread - kAgents)] < before.time;
+    }
+    if (before.block_epoch != me.block_epoch || before.thread == me.thread ||
+        (same_warp(before, me) && before.warp_epoch != me.warp_epoch)) {
+        return false;
+    }
+    // What came before the clocks began is over at its thread's first release.
+    return !block.clocked || thread.clock[before.thread] < std::max(before.time, 1u);
 }
 
 }  // namespace
@@ -59,12 +70,20 @@ void SharedMemory::reset(int bytes) {
         memory_ = std::make_unique_for_overwrite<unsigned char[]>(bytes);
         bytes_ = bytes;
         granules_.resize((bytes + 1) / 2);
+        readers_.resize(granules_.size());
     }
+    for (const uint32_t granule : reserved_) {
+        if (granule < granules_.size()) {
+            granules_[granule].copy_line = 0;
+        }
+    }
+    reserved_.clear();
+    async_reads_.clear();
     std::memset(memory_.get(), 0xff, bytes);
 }
 
-SharedMemory::Granule* SharedMemory::check(
-    const Thread& thread, uint32_t address, uint32_t bytes, const char* verb, Where where) {
+uint32_t SharedMemory::check(
+    const Thread& thread, uint32_t address, uint32_t bytes, uint32_t alignment, const char* verb, Where where) const {
     const int64_t begin = static_cast<int64_t>(address) - kSharedBase;
     const auto fail_with = [&](const std::string& what) {
         fail(
@@ -74,94 +93,147 @@ SharedMemory::Granule* SharedMemory::check(
     if (begin < 0 || begin + bytes > bytes_) {
         fail_with("outside the block's " + std::to_string(bytes_));
     }
-    if (begin % bytes != 0) {
-        fail_with("which is not a multiple of " + std::to_string(bytes));
+    if (begin % alignment != 0) {
+        fail_with("which is not a multiple of " + std::to_string(alignment));
     }
-    Granule* const granules = &granules_[begin / 2];
-    for (uint32_t i = 0; i < bytes / 2; ++i) {
-        if (granules[i].copy_line != 0) {
+    const auto first = static_cast<uint32_t>(begin / 2);
+    for (uint32_t i = first; i < first + bytes / 2; ++i) {
+        const Granule& granule = granules_[i];
+        if (granule.copy_line != 0 && granule.copy_thread == kReserved) {
+            fail_with("where an mbarrier is that was made at " + place(lines[granule.copy_line]));
+        }
+        if (granule.copy_line != 0) {
             fail_with(
-                "where a copy is in flight that thread " + std::to_string(granules[i].copy_thread) + " began at " +
-                place(lines[granules[i].copy_line]));
+                "where a copy is in flight that thread " + std::to_string(granule.copy_thread) + " began at " +
+                place(lines[granule.copy_line]));
         }
     }
-    return granules;
+    return first;
 }
 
 void SharedMemory::race(
-    const Thread& thread, const Granule& granule, const Access& first, const char* first_verb, const Access& second,
-    const char* second_verb) const {
+    const Thread& thread, uint32_t granule, const Access& first, const char* first_verb, const Access& second,
+    const char* second_verb, const char* missing) const {
     const auto side = [](const char* verb, const Access& access) {
-        return std::string(verb) + " by thread " + std::to_string(access.thread) + " at " + place(lines[access.line]);
+        return std::string(verb) + " by " +
+               (access.thread >= kAgents ? std::string("the copy begun") : "thread " + std::to_string(access.thread)) +
+               " at " + place(lines[access.line]);
     };
     fail(
         "race in block " + std::to_string(thread.block->index) + " on shared memory at byte " +
-        std::to_string(2 * (&granule - granules_.data())) + ": " + side(first_verb, first) + ", " +
-        side(second_verb, second) + ", with no barrier between them");
+        std::to_string(2 * granule) + ": " + side(first_verb, first) + ", " + side(second_verb, second) + ", with no " +
+        missing + " between them");
 }
 
-void SharedMemory::note_reader(Granule& granule, const Access& me) {
-    Reader& latest = granule.readers[0];
+void SharedMemory::note_reader(uint32_t granule, const Access& me) {
+    Reader& latest = readers_[granule].of[0];
     if (latest.last.block_epoch != me.block_epoch) {
-        latest = {me, 0, 0};
+        latest = {me};
     } else if (!same_warp(latest.last, me)) {
-        granule.readers[1] = latest;
-        latest = {me, 0, 0};
+        readers_[granule].of[1] = latest;
+        latest = {me};
     } else if (latest.last.warp_epoch != me.warp_epoch) {
-        latest = {me, 0, 0};
+        latest = {me};
     } else if (latest.last.thread != me.thread) {
-        latest = {me, latest.last.thread, latest.last.line};
+        latest = {me, latest.last.thread, latest.last.line, latest.last.time};
     } else {
         latest.last.line = me.line;
+        latest.last.time = me.time;
+    }
+}
+
+bool SharedMemory::unseen(const Thread& thread, const Access& before) const {
+    return unordered(before, stamp(thread, Where::current()), thread);
+}
+
+bool SharedMemory::fenced(const Thread& thread, const Access& before) const {
+    const Block& block = *thread.block;
+    if (before.line == 0 || before.thread >= kAgents || before.block_epoch < block.first_epoch) {
+        return true;
+    }
+    // Its thread's first fence after the access must itself be over for this thread.
+    const std::vector<uint32_t>& fences = block.threads[before.thread].proxy_fences;
+    const auto fence = std::lower_bound(fences.begin(), fences.end(), before.time);
+    return fence != fences.end() && thread.clock[before.thread] >= *fence;
+}
+
+void SharedMemory::check_written(
+    const Thread& thread, const Access& me, uint32_t granule, const char* verb, bool is_async) const {
+    const Access& writer = granules_[granule].writer;
+    if (unordered(writer, me, thread)) {
+        race(thread, granule, writer, "written", me, verb, "barrier");
+    }
+    if (is_async && !fenced(thread, writer)) {
+        race(thread, granule, writer, "written", me, verb, "proxy_fence");
     }
 }
 
 const unsigned char* SharedMemory::read(const Thread& thread, uint32_t address, uint32_t bytes, Where where) {
-    Granule* const granules = check(thread, address, bytes, "reads", where);
+    const uint32_t first = check(thread, address, bytes, bytes, "reads", where);
     const Access me = stamp(thread, where);
-    for (uint32_t i = 0; i < bytes / 2; ++i) {
-        if (unordered(granules[i].writer, me)) {
-            race(thread, granules[i], granules[i].writer, "written", me, "read");
-        }
-        note_reader(granules[i], me);
+    for (uint32_t i = first; i < first + bytes / 2; ++i) {
+        check_written(thread, me, i, "read", false);
+        note_reader(i, me);
     }
     return memory_.get() + (address - kSharedBase);
 }
 
-void SharedMemory::check_write(const Thread& thread, const Access& me, const Granule& granule) const {
-    if (unordered(granule.writer, me)) {
-        race(thread, granule, granule.writer, "written", me, "written");
-    }
-    for (const Reader& reader : granule.readers) {
-        if (unordered(reader.last, me)) {
-            race(thread, granule, reader.last, "read", me, "written");
+void SharedMemory::check_write(const Thread& thread, const Access& me, uint32_t granule, bool is_async) const {
+    check_written(thread, me, granule, "written", is_async);
+    for (const Reader& reader : readers_[granule].of) {
+        if (unordered(reader.last, me, thread)) {
+            race(thread, granule, reader.last, "read", me, "written", "barrier");
         }
         Access other = reader.last;
         other.thread = reader.other_thread;
         other.line = reader.other_line;
-        if (other.line != 0 && unordered(other, me)) {
-            race(thread, granule, other, "read", me, "written");
+        other.time = reader.other_time;
+        if (other.line != 0 && unordered(other, me, thread)) {
+            race(thread, granule, other, "read", me, "written", "barrier");
+        }
+    }
+}
+
+void SharedMemory::check_async_reads(
+    const Thread& thread, uint32_t begin, uint32_t end, const char* verb, Where where) {
+    for (const AsyncRead& read : async_reads_) {
+        if (read.end <= begin || read.begin >= end) {
+            continue;
+        }
+        const AsyncDone& done = *read.done;
+        bool over = false;
+        for (std::size_t i = 0; i < done.times.size() && done.complete; ++i) {
+            over |= thread.clock[done.first_thread + i] >= done.times[i];
+        }
+        if (!over) {
+            fail(
+                who(thread) + " at " + place(where) + " " + verb + " shared memory at byte " +
+                std::to_string(2 * std::max(begin, read.begin)) + ", which what thread " +
+                std::to_string(done.first_thread) + " issued at " + place(lines[read.line]) +
+                (done.complete ? " has read, with no barrier between them" : " is still to read"));
         }
     }
 }
 
 unsigned char* SharedMemory::write(const Thread& thread, uint32_t address, uint32_t bytes, Where where) {
-    Granule* const granules = check(thread, address, bytes, "writes", where);
+    const uint32_t first = check(thread, address, bytes, bytes, "writes", where);
     const Access me = stamp(thread, where);
-    for (uint32_t i = 0; i < bytes / 2; ++i) {
-        check_write(thread, me, granules[i]);
-        granules[i].writer = me;
+    check_async_reads(thread, first, first + bytes / 2, "writes", where);
+    for (uint32_t i = first; i < first + bytes / 2; ++i) {
+        check_write(thread, me, i, false);
+        granules_[i].writer = me;
     }
     return memory_.get() + (address - kSharedBase);
 }
 
 void SharedMemory::begin_copy(const Thread& thread, const Copy& copy) {
-    Granule* const granules = check(thread, copy.to, copy.bytes, "begins a copy to", copy.where);
+    const uint32_t first = check(thread, copy.to, copy.bytes, copy.bytes, "begins a copy to", copy.where);
     const Access me = stamp(thread, copy.where);
-    for (uint32_t i = 0; i < copy.bytes / 2; ++i) {
-        check_write(thread, me, granules[i]);
-        granules[i].copy_thread = me.thread;
-        granules[i].copy_line = me.line;
+    check_async_reads(thread, first, first + copy.bytes / 2, "begins a copy to", copy.where);
+    for (uint32_t i = first; i < first + copy.bytes / 2; ++i) {
+        check_write(thread, me, i, false);
+        granules_[i].copy_thread = me.thread;
+        granules_[i].copy_line = me.line;
     }
 }
 
@@ -173,6 +245,61 @@ unsigned char* SharedMemory::land(const Thread& thread, const Copy& copy) {
         granules_[i].writer = me;
     }
     return memory_.get() + begin;
+}
+
+void SharedMemory::begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where) {
+    const uint32_t first = check(thread, to, bytes, 1024, "begins a copy to", where), end = first + bytes / 2;
+    const Access me = stamp(thread, where);
+    check_async_reads(thread, first, end, "begins a copy to", where);
+    for (uint32_t i = first; i < end; ++i) {
+        check_write(thread, me, i, true);
+        granules_[i].copy_thread = me.thread;
+        granules_[i].copy_line = me.line;
+    }
+    // All that has been read there is over for this thread, and through it for whoever comes later.
+    std::erase_if(async_reads_, [&](const AsyncRead& read) { return read.begin >= first && read.end <= end; });
+}
+
+void SharedMemory::land_tensor_copy(
+    const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where) {
+    const Access writer{block.first_epoch, time, 0, static_cast<uint16_t>(kAgents + mbarrier), line_id(where)};
+    for (uint32_t i = (to - kSharedBase) / 2; i < (to - kSharedBase + bytes) / 2; ++i) {
+        granules_[i].copy_line = 0;
+        granules_[i].writer = writer;
+    }
+}
+
+void SharedMemory::begin_async_read(
+    const Thread& thread, uint32_t from, uint32_t bytes, const std::shared_ptr<AsyncDone>& done, Where where) {
+    const uint32_t first = check(thread, from, bytes, 16, "issues a read of", where), end = first + bytes / 2;
+    const Access me = stamp(thread, where);
+    Access last;
+    for (uint32_t i = first; i < end; ++i) {
+        // Neighbours mostly have one writer.
+        if (std::memcmp(&granules_[i].writer, &last, sizeof last) != 0) {
+            last = granules_[i].writer;
+            check_written(thread, me, i, "read", true);
+        }
+    }
+    for (AsyncRead& read : async_reads_) {
+        if (read.begin == first && read.end == end && read.done->complete &&
+            read.done->first_thread == done->first_thread) {
+            read = {first, end, done, me.line};
+            return;
+        }
+    }
+    async_reads_.push_back({first, end, done, me.line});
+}
+
+Access SharedMemory::reserve(const Thread& thread, uint32_t address, uint32_t bytes, Where where) {
+    const uint32_t first = check(thread, address, bytes, bytes, "makes an mbarrier of", where);
+    const Access me = stamp(thread, where);
+    for (uint32_t i = first; i < first + bytes / 2; ++i) {
+        granules_[i].copy_thread = kReserved;
+        granules_[i].copy_line = me.line;
+        reserved_.push_back(i);
+    }
+    return me;
 }
 
 void GlobalWrites::clear() {
@@ -222,7 +349,7 @@ void GlobalWrites::load(const Thread& thread, const void* from, std::size_t byte
     for (std::size_t i = 0; i < bytes; i += 4) {
         const Entry& entry = find(reinterpret_cast<uintptr_t>(from) + i);
         if (entry.launch == launch_ && (entry.many_blocks || entry.block != thread.block->index ||
-                                        unordered(entry.writer, stamp(thread, where)))) {
+                                        unordered(entry.writer, stamp(thread, where), thread))) {
             fail_after(entry, thread, "loads", where);
         }
     }

@@ -10,6 +10,7 @@
 
 namespace attnfuse::emulation {
 
+struct Block;
 struct Thread;
 // The line of a kernel's source that called; every function of csrc/device/ has it as a last, defaulted argument.
 using Where = std::source_location;
@@ -18,13 +19,27 @@ using Where = std::source_location;
 constexpr uint32_t kSharedBase = 1024;
 
 // A thread at a line in a stretch of time. block_epoch changes at every barrier and is never used twice, warp_epoch
-// changes at every warp_sync; two threads are ordered where the epoch they share has changed between them.
+// changes at every warp_sync; two threads are ordered where the epoch they share has changed between them, or where
+// the later one's clock has reached the earlier one's time (asynchronous.h).
 struct Access {
     uint32_t block_epoch = 0;
+    uint32_t time = 0;
     uint16_t warp_epoch = 0;
-    uint16_t thread = 0;
-    uint16_t line = 0;  // by line_id(); 0 = no access
+    uint16_t thread = 0;  // from kAgents on, the copies that count for an mbarrier of the block
+    uint16_t line = 0;    // by line_id(); 0 = no access
 };
+constexpr uint16_t kAgents = 0x8000;
+
+// Something that reads shared memory by itself. Over when complete, for those whose clock has reached one of the times
+// at which threads first_thread on have waited for it.
+struct AsyncDone {
+    bool complete = false;
+    int first_thread = 0;
+    std::vector<uint32_t> times;
+};
+
+// The address with its 16-byte chunk where a swizzle of 128 bytes puts it.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 // A copy from global memory that has not been waited for.
 struct Copy {
@@ -46,31 +61,63 @@ class SharedMemory {
     void begin_copy(const Thread& thread, const Copy& copy);
     unsigned char* land(const Thread& thread, const Copy& copy);
 
+    // The same of tensor copies, which write behind threads' backs: what threads have written there must be fenced.
+    void begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where);
+    void land_tensor_copy(const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where);
+    // From here until `done` nobody may write to the bytes; all that was written to them is there, and fenced.
+    void begin_async_read(
+        const Thread& thread, uint32_t from, uint32_t bytes, const std::shared_ptr<AsyncDone>& done, Where where);
+    // The bytes of an mbarrier, which nothing else may touch.
+    Access reserve(const Thread& thread, uint32_t address, uint32_t bytes, Where where);
+    // Whether nothing orders the access before what this thread does now, and whether a proxy_fence came between.
+    bool unseen(const Thread& thread, const Access& before) const;
+    bool fenced(const Thread& thread, const Access& before) const;
+    // Unchecked.
+    unsigned char* bytes_at(uint32_t address) { return memory_.get() + (address - kSharedBase); }
+
   private:
     // The latest reader of a warp, and another of its lanes in the same warp epoch: a writer is at most one of them.
     struct Reader {
         Access last;
         uint16_t other_thread = 0;
         uint16_t other_line = 0;
+        uint32_t other_time = 0;
     };
-    // Two bytes. readers are of two warps, the latest first: a writer is in at most one of them.
+    // Two bytes.
     struct Granule {
         Access writer;
-        Reader readers[2];
-        uint16_t copy_thread = 0;
+        uint16_t copy_thread = 0;  // kReserved: an mbarrier
         uint16_t copy_line = 0;
     };
+    // Of a granule, of two warps, the latest first: a writer is in at most one of them.
+    struct Readers {
+        Reader of[2];
+    };
+    struct AsyncRead {
+        uint32_t begin, end;  // granules
+        std::shared_ptr<AsyncDone> done;
+        uint16_t line;
+    };
+    static constexpr uint16_t kReserved = 0xffff;
 
-    Granule* check(const Thread& thread, uint32_t address, uint32_t bytes, const char* verb, Where where);
-    void check_write(const Thread& thread, const Access& me, const Granule& granule) const;
+    // The number of the first granule.
+    uint32_t check(
+        const Thread& thread, uint32_t address, uint32_t bytes, uint32_t alignment, const char* verb,
+        Where where) const;
+    void check_written(const Thread& thread, const Access& me, uint32_t granule, const char* verb, bool fenced) const;
+    void check_write(const Thread& thread, const Access& me, uint32_t granule, bool fenced) const;
+    void check_async_reads(const Thread& thread, uint32_t begin, uint32_t end, const char* verb, Where where);
     [[noreturn]] void race(
-        const Thread& thread, const Granule& granule, const Access& first, const char* first_verb, const Access& second,
-        const char* second_verb) const;
-    static void note_reader(Granule& granule, const Access& me);
+        const Thread& thread, uint32_t granule, const Access& first, const char* first_verb, const Access& second,
+        const char* second_verb, const char* missing) const;
+    void note_reader(uint32_t granule, const Access& me);
 
     std::unique_ptr<unsigned char[]> memory_;
     int bytes_ = -1;
     std::vector<Granule> granules_;
+    std::vector<Readers> readers_;
+    std::vector<AsyncRead> async_reads_;
+    std::vector<uint32_t> reserved_;
 };
 
 // Who wrote what of global memory in this launch, by 4-byte words or smaller elements. Blocks have no order, so that

@@ -17,47 +17,20 @@
 #include "ldmatrix.h"
 #include "mma.h"
 #include "numbers.h"
+#include "selftest.h"
 #include "shared.h"
 #include "thread.h"
 
 namespace {
 
 using namespace attnfuse;
-
-void expect(bool holds, const std::string& what) {
-    if (!holds) {
-        throw std::runtime_error("expected " + what);
-    }
-}
-
-// The message contains all of these, in this order.
-void expect_error(const std::function<void()>& action, const std::vector<std::string>& parts) {
-    std::string message;
-    try {
-        action();
-    } catch (const std::runtime_error& error) {
-        message = error.what();
-    }
-    std::size_t at = 0;
-    for (const std::string& part : parts) {
-        at = message.find(part, at);
-        expect(at != std::string::npos, "\"" + part + "\" in \"" + message + "\"");
-        at += part.size();
-    }
-}
+using selftest::expect;
+using selftest::expect_error;
 
 std::string line(int number) { return "selftest.cpp:" + std::to_string(number); }
 
-struct Buffers {
-    const void* in = nullptr;
-    void* out = nullptr;
-    int choice = 0;
-};
-using Kernel = void (*)(Buffers);
-
-void start(Kernel kernel, int blocks, int threads, int shared_bytes, Buffers buffers = {}) {
-    launch(kernel, blocks, threads, shared_bytes, nullptr, buffers);
-}
+using selftest::Buffers;
+using selftest::start;
 
 uint32_t shared_word(SharedAddress from) {
     return load_shared_16(from) | static_cast<uint32_t>(load_shared_16(from + 2)) << 16;
@@ -672,7 +645,7 @@ void check_launches() {
 }  // namespace
 
 int main() {
-    const std::vector<std::pair<const char*, void (*)()>> checks = {
+    std::vector<selftest::Check> checks = {
         {"indices", check_indices},
         {"shuffle and ballot", check_shuffle_and_ballot},
         {"ldmatrix", check_ldmatrix},
@@ -694,6 +667,8 @@ int main() {
         {"global memory", check_global},
         {"launches", check_launches},
     };
+    const std::vector<selftest::Check> more = selftest::asynchronous_checks();
+    checks.insert(checks.end(), more.begin(), more.end());
     bool failed = false;
     for (const auto& [name, check] : checks) {
         try {

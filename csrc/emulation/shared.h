@@ -38,6 +38,9 @@ inline void store_shared_16(SharedAddress to, uint16_t x, emulation::Where where
 inline void store_shared_32(SharedAddress to, uint32_t x, emulation::Where where = emulation::Where::current()) {
     emulation::store_shared(to, x, where);
 }
+inline void store_shared_128(SharedAddress to, const Words4& x, emulation::Where where = emulation::Where::current()) {
+    emulation::store_shared(to, x, where);
+}
 inline uint16_t load_shared_16(SharedAddress from, emulation::Where where = emulation::Where::current()) {
     return emulation::load_shared<uint16_t>(from, where);
 }

@@ -16,6 +16,7 @@ inline int thread_index() { return emulation::current->index; }
 inline int warp_index() { return emulation::current->index / 32; }
 inline int lane_index() { return emulation::current->lane; }
 inline int block_index() { return emulation::current->block->index; }
+inline int block_count() { return emulation::launched_blocks; }
 
 inline void barrier(emulation::Where where = emulation::Where::current()) { emulation::barrier(where); }
 inline void warp_sync(emulation::Where where = emulation::Where::current()) { emulation::warp_sync(where); }
@@ -26,7 +27,8 @@ inline uint32_t ballot(bool vote, emulation::Where where = emulation::Where::cur
     return emulation::ballot(vote, where);
 }
 
-// Only a matter of registers on a GPU.
+// Only matters of registers on a GPU.
+inline int uniform(int x) { return x; }
 inline int recomputed(int x) { return x; }
 
 }  // namespace attnfuse

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "../core/logits.cuh"
+#include "../core/softmax.cuh"
 #include "launch.h"
 #include "tile.cuh"
 
@@ -33,79 +34,6 @@ struct ForwardTile {
     static constexpr int kQueryBytes = kRows * D * 2;
     static constexpr int kKeyBytes = kColumns * D * 2;
     static constexpr int kSharedBytes = kQueryBytes + 2 * kKeyBytes;
-};
-
-// The running softmax of a thread's rows: row r of fragment m is 16 m + lane / 4 + 8 r of its warp's.
-template <int M>
-struct OnlineSoftmax {
-    float largest[M][2];  // of all sources so far
-    float sum[M][2];      // of this source, this thread's columns only
-    // The finished sources' sum relative to their largest; lane 2 m + r of the four that share a row holds it.
-    float finished_sum = 0.0f;
-    float finished_largest = -infinity();
-
-    __device__ __forceinline__ OnlineSoftmax() {
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                largest[m][r] = -infinity();
-                sum[m][r] = 0.0f;
-            }
-        }
-    }
-
-    __device__ __forceinline__ static bool holds(int m, int r) { return lane_index() % 4 == 2 * m + r; }
-
-    // Fragment m of one tile from x to p, unnormalised; its part of out is brought to the new maximum.
-    template <int N, int DN>
-    __device__ __forceinline__ void add_tile(int m, float (&x)[N][4], float (&out)[DN][4], float unit, float bias) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float highest = -infinity();
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                highest = maximum(highest, maximum(x[n][2 * r], x[n][2 * r + 1]));
-            }
-            const float now = maximum(largest[m][r], multiply_add(row_maximum(highest), unit, bias));
-            // A row that has seen nothing yet: e^(-inf - 0) = 0 rather than e^(-inf + inf).
-            const float from = now == -infinity() ? 0.0f : now;
-            const float shrink = exp2_approx(largest[m][r] - from);
-            largest[m][r] = now;
-            sum[m][r] *= shrink;
-            // Most tiles raise no row's maximum.
-            if (ballot(shrink != 1.0f) != 0) {
-#pragma unroll
-                for (int n = 0; n < DN; ++n) {
-                    out[n][2 * r] *= shrink;
-                    out[n][2 * r + 1] *= shrink;
-                }
-            }
-            const float shift = bias - from;
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-#pragma unroll
-                for (int c = 2 * r; c < 2 * r + 2; ++c) {
-                    x[n][c] = exp2_approx(multiply_add(x[n][c], unit, shift));
-                    sum[m][r] += x[n][c];
-                }
-            }
-        }
-    }
-
-    // The source has been walked: returns its own sum in row (m, r), in all columns.
-    __device__ __forceinline__ float finish_source(int m, int r) {
-        const float own = row_sum(sum[m][r]);
-        sum[m][r] = 0.0f;
-        if (holds(m, r) && own > 0.0f) {
-            finished_sum = multiply_add(finished_sum, exp2_approx(finished_largest - largest[m][r]), own);
-            finished_largest = largest[m][r];
-        }
-        return own;
-    }
-
-    // The sum over all sources, relative to the largest: whichever source raised it has finished since.
-    __device__ __forceinline__ float total(int m, int r) const { return row_sum(holds(m, r) ? finished_sum : 0.0f); }
 };
 
 // What of a thread's rows goes to memory beside `out`, addressed by (m, r) as in OnlineSoftmax.
@@ -131,75 +59,6 @@ struct RowOutputs {
     }
 };
 
-// Every source's place in mass to lse_s = -inf, for those that will not be visited.
-template <int M>
-__device__ __forceinline__ void clear_mass(const RowOutputs<M>& to) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            for (int s = 0; s < to.p.shape.source_count; ++s) {
-                if (to.owns(m, r, s)) {
-                    store_global(to.mass(m, r, s), -infinity());
-                }
-            }
-        }
-    }
-}
-
-// Source s has been walked: lse_s, in log2 units, waits in mass's place until lse is known.
-template <int M>
-__device__ __forceinline__ void finish_source(OnlineSoftmax<M>& softmax, const RowOutputs<M>& to, int s) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float sum = softmax.finish_source(m, r);
-            if (to.owns(m, r, s)) {
-                store_global(to.mass(m, r, s), sum == 0.0f ? -infinity() : softmax.largest[m][r] + log2_exact(sum));
-            }
-        }
-    }
-}
-
-// lse, mass, and `out` divided by the sum of its row: 0 in rows that saw nothing.
-template <int M, int N>
-__device__ __forceinline__ void finish_rows(
-    const OnlineSoftmax<M>& softmax, float (&out)[M][N][4], const RowOutputs<M>& to) {
-    const ForwardParams& p = to.p;
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            float largest = softmax.largest[m][r], sum = softmax.total(m, r), shrink = 1.0f;
-            const bool lives = sum > 0.0f;
-            if (p.sinks != nullptr && lives) {
-                const float sink = load_global(p.sinks + to.head() % p.shape.heads) * kLog2e;
-                const float now = maximum(largest, sink);
-                shrink = exp2_approx(largest - now);
-                sum = multiply_add(sum, shrink, exp2_approx(sink - now));
-                largest = now;
-            }
-            const float lse = lives ? largest + log2_exact(sum) : -infinity();
-            const float factor = lives ? shrink / sum : 0.0f;
-#pragma unroll
-            for (int n = 0; n < N; ++n) {
-                out[m][n][2 * r] *= factor;
-                out[m][n][2 * r + 1] *= factor;
-            }
-            if (to.row(m, r) < p.shape.rows && lane_index() % 4 == 0) {
-                store_global(p.lse + to.at(m, r), lse * kLn2);
-            }
-            for (int s = 0; s < p.shape.source_count; ++s) {
-                if (to.owns(m, r, s)) {
-                    const float part = load_global(static_cast<const float*>(to.mass(m, r, s)));
-                    store_global(to.mass(m, r, s), lives ? exp2_approx(part - lse) : 0.0f);
-                }
-            }
-        }
-    }
-}
-
 template <typename T, int D>
 __global__ void __launch_bounds__(ForwardTile<D>::kThreads, D <= 128 ? 2 : 1)
     attn_fwd_kernel(const __grid_constant__ ForwardParams p) {
@@ -223,7 +82,7 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, D <= 128 ? 2 : 1)
             [&](int j) { return tile.seen >> j & 1; });
     };
 
-    clear_mass(outputs);
+    clear_mass<kM>(outputs);
     ColumnTiles<Tile::kColumns> tile;
     tile.advance(p, b, first, last);
     if (tile.valid(p)) {
@@ -268,7 +127,16 @@ __global__ void __launch_bounds__(ForwardTile<D>::kThreads, D <= 128 ? 2 : 1)
                 mask_fragment(
                     scores[m], tile.seen_by(source, b, outputs.row(m, 0)), tile.seen_by(source, b, outputs.row(m, 1)));
             }
-            softmax.add_tile(m, scores[m], out[m], p.shape.logits.unit, bias);
+            softmax.add_tile(m, scores[m], p.shape.logits.unit, bias, [&](int r, float shrink) {
+                // Most tiles raise no row's maximum.
+                if (ballot(shrink != 1.0f) != 0) {
+#pragma unroll
+                    for (int n = 0; n < kDN; ++n) {
+                        out[m][n][2 * r] *= shrink;
+                        out[m][n][2 * r + 1] *= shrink;
+                    }
+                }
+            });
             pack_fragment<T>(weights[m], scores[m]);
         }
         multiply_columns<T, kM, kDN, kN / 2, D>(out, weights, values);

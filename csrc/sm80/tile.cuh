@@ -1,14 +1,10 @@
 // Tiles of 16-bit numbers in shared memory and in the fragments of mma.m16n8k16.
 //
 // In shared memory a row of D numbers is D / 8 chunks of 16 bytes, chunk c of row r standing at c ^ flip(r), so that
-// the eight rows that one ldmatrix reads lie in eight different groups of banks.
-//
-// A fragment of 16 rows and 8 N columns is float x[N][4]: with g = lane / 4 and t = lane % 4,
-//
-//     x[n][0..1]   row g,     columns 8 n + 2 t, + 1
-//     x[n][2..3]   row g + 8, the same columns
+// the eight rows that one ldmatrix reads lie in eight different groups of banks. Fragments: ../core/fragment.cuh.
 #pragma once
 
+#include "../core/fragment.cuh"
 #include "../core/masks.cuh"
 #include "cp_async.h"
 #include "global.h"
@@ -138,56 +134,6 @@ __device__ __forceinline__ void multiply_transposed(
         ldmatrix_x4_trans(left[0][0], a_lane + 16 * k * (A_D * 2));
         multiply_columns<T, 1, N, 1, D>(acc, left, b + 16 * k * (D * 2), b_chunk);
     }
-}
-
-// A fragment (16, 8 N) rounded to T as the left operand of the next product: column pairs become K pairs.
-template <typename T, int N>
-__device__ __forceinline__ void pack_fragment(uint32_t (&packed)[N / 2][4], const float (&x)[N][4]) {
-#pragma unroll
-    for (int n = 0; n < N; n += 2) {
-        packed[n / 2][0] = pack<T>(x[n][0], x[n][1]);
-        packed[n / 2][1] = pack<T>(x[n][2], x[n][3]);
-        packed[n / 2][2] = pack<T>(x[n + 1][0], x[n + 1][1]);
-        packed[n / 2][3] = pack<T>(x[n + 1][2], x[n + 1][3]);
-    }
-}
-
-template <int M, int N>
-__device__ __forceinline__ void clear(float (&x)[M][N][4]) {
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                x[m][n][c] = 0.0f;
-            }
-        }
-    }
-}
-
-// -inf where the bit of the fragment's column is not set in the word of its row: g's `upper`, g + 8's `lower`.
-template <int N>
-__device__ __forceinline__ void mask_fragment(float (&x)[N][4], Word upper, Word lower) {
-    upper >>= lane_index() % 4 * 2;
-    lower >>= lane_index() % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-        x[n][0] = upper >> (8 * n) & 1 ? x[n][0] : -infinity();
-        x[n][1] = upper >> (8 * n + 1) & 1 ? x[n][1] : -infinity();
-        x[n][2] = lower >> (8 * n) & 1 ? x[n][2] : -infinity();
-        x[n][3] = lower >> (8 * n + 1) & 1 ? x[n][3] : -infinity();
-    }
-}
-
-// The sum, or the maximum, over the four lanes that share a fragment's row.
-__device__ __forceinline__ float row_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
-}
-__device__ __forceinline__ float row_maximum(float x) {
-    x = maximum(x, shuffle_xor(x, 1));
-    return maximum(x, shuffle_xor(x, 2));
 }
 
 // A warp's fragments (16 M, D) to rows of `out` (limit, dim), by way of its own rows of a tile (., D) from tile_row on,

@@ -1,0 +1,162 @@
+"""Hopper's kernels (csrc/sm90), run on the CPU by csrc/emulation as on a card of compute capability 9.0."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hopper_faults import ITEMS
+
+import attnfuse
+from attnfuse import Source, build, testing
+from attnfuse.backends import cuda
+
+ROOT = Path(__file__).parent.parent
+SANITIZERS = "address,undefined"
+# What cannot be described by tensor maps (head dims that are no multiple of 8) runs in the sm_80 kernels.
+CASES = [
+    c
+    for c in testing.cases()
+    if not (c.alibi or c.dropout_p or any(s.mask for s in c.sources) or c.dim % 8 or (c.value_dim or 8) % 8)
+]
+CROSSING = [c for c in CASES if c.family == "long"]
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the tests of the backend run what it is"),
+    pytest.mark.skipif(build.why_no_emulation() is not None, reason=str(build.why_no_emulation())),
+]
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The emulated machine as a card of compute capability 9.0, put back afterwards."""
+    monkeypatch.setenv("ATTNFUSE_EMULATE", "1")
+    module = cuda.emulation()
+    module.set_architecture(90)
+    yield module
+    module.set_architecture(80)
+    module.set_seed(0)
+    module.set_multiprocessors(2)
+
+
+def check(one: testing.Case, dtype: torch.dtype = torch.bfloat16, gradients: bool = False) -> None:
+    for result in testing.judge(one, "cuda", dtype, gradients=gradients):
+        assert result.passed, f"{one} {result.quantity}: error {result.error:.3g} over {result.budget:.3g}"
+
+
+def schedule(*tensors: torch.Tensor) -> str:
+    q, k, v = tensors
+    return str(attnfuse.explain(q, [Source(k, v)], backend="cuda"))
+
+
+@pytest.mark.parametrize("one", CASES, ids=str)
+def test_conformance(one: testing.Case) -> None:
+    problem = testing.build(one, torch.bfloat16)
+    assert "wgmma" in cuda.describe(problem)
+    check(one)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_conformance_in_another_order_of_threads_and_copies(seed: int, hopper: Any) -> None:
+    """One block, which walks every item, or several."""
+    hopper.set_seed(seed)
+    hopper.set_multiprocessors(seed)
+    for one in [*CROSSING, ITEMS]:
+        check(one, [torch.bfloat16, torch.float16][seed % 2])
+
+
+@pytest.mark.parametrize("name", ["long-one-source", "long-head-dim-128"])
+def test_the_backward_takes_what_the_forward_leaves(name: str) -> None:
+    (one,) = [c for c in CASES if str(c) == name]
+    check(one, gradients=True)
+
+
+def some(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+@pytest.mark.parametrize(
+    "dim, tile", [(40, "192x112"), (64, "192x112"), (96, "128x128"), (128, "128x128"), (256, "128x80")]
+)
+def test_explain_tells_the_tile_and_the_schedule(dim: int, tile: str) -> None:
+    told = schedule(*(some(1, 2, 9, dim) for _ in range(3)))
+    assert f"attn_fwd {tile}" in told and "wgmma" in told and "persistent" in told
+
+
+def test_what_no_tensor_map_describes_runs_in_the_older_kernel() -> None:
+    """The rule of csrc/launchers.cpp: rows on 16 bytes, and no stride of 0."""
+    q, k, v = (some(2, 3, 20, 64) for _ in range(3))
+    assert "wgmma" in schedule(q, k, v)
+    assert "wgmma" in schedule(q, k, v.transpose(1, 2).contiguous().transpose(1, 2))
+    one_head = some(2, 1, 20, 64)
+    for others in (
+        (q, k, some(2, 3, 20, 65)[..., 1:]),  # rows off 16 bytes
+        (q, k, some(2, 3, 20, 36)),  # no multiple of 8
+        (q, one_head.expand(2, 3, 20, 64), v),  # a stride of 0
+    ):
+        told = schedule(*others)
+        assert "mma.sync" in told and "wgmma" not in told
+        out = attnfuse.attention(*others, backend="cuda")
+        exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in others))
+        torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
+
+
+def test_an_older_card_has_the_older_kernel(hopper: Any) -> None:
+    q, k, v = (some(1, 1, 20, 64) for _ in range(3))
+    hopper.set_architecture(80)
+    assert "mma.sync" in schedule(q, k, v)
+
+
+@pytest.mark.parametrize("given", ["70", "9.0", ""])
+def test_an_architecture_that_is_not_emulated(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNFUSE_EMULATE_ARCH", given)
+    assert cuda.available() == f"ATTNFUSE_EMULATE_ARCH must be 80 or 90, got {given!r}"
+
+
+def test_results_do_not_depend_on_the_batch(hopper: Any) -> None:
+    """A sample alone, and the same in a padded batch among others: the same bits, whoever computes it."""
+    q, k, v = (some(3, 2, 150, 64) for _ in range(3))
+    lengths = torch.tensor([150, 70, 0], dtype=torch.int32)
+    whole = attnfuse.attention(q, k, v, key_mask=torch.arange(150) < lengths[:, None], backend="cuda")
+    hopper.set_multiprocessors(5)
+    alone = attnfuse.attention(q[1:2], k[1:2, :, :70], v[1:2, :, :70], backend="cuda")
+    assert torch.equal(whole[1:2], alone) and not whole[2].any()
+
+
+EVERY_CASE = """
+import sys
+import torch
+from attnfuse import testing
+
+torch.set_num_threads(1)
+checks = 0
+for case in testing.cases():
+    if str(case) in sys.argv[1:] and testing.serves(case, "cuda", torch.bfloat16) is None:
+        for result in testing.judge(case, "cuda", torch.bfloat16, gradients=False):
+            checks += 1
+            assert result.passed, (str(case), result.quantity)
+print(checks)
+"""
+
+
+@pytest.mark.slow
+def test_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
+    """The cases that cross tiles and a few others, under address and undefined-behaviour sanitizers."""
+    module = build.build_emulation(
+        ROOT / "build" / "emulation-sanitized-sm90", sanitize=SANITIZERS, only=["*_d64_sm90", "*_d128_sm90"], quiet=True
+    )
+    names = ["long-three-sources", "long-hole-tiles", "long-head-dim-128", "presence-all-absent", "window-both"]
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_CASE, *names], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+             "LD_PRELOAD": build.sanitizer_preload(SANITIZERS), "ATTNFUSE_EMULATE_MODULE": str(module),
+             "ATTNFUSE_EMULATE_ARCH": "90", "ASAN_OPTIONS": "detect_leaks=0"},
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    assert int(done.stdout) >= 12
