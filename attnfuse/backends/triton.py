@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from contextvars import copy_context
 from functools import lru_cache
 from typing import Any
 
@@ -54,6 +55,8 @@ def describe(problem: Problem) -> str:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """out (B, Hq, Nq, Dv), lse (B, Hq, Nq) float32 and mass (B, Hq, Nq, S) float32, or (0,) if not wanted."""
+    import triton
+
     from ..triton_kernels.attn_fwd import attn_fwd
 
     query = problem.query
@@ -64,13 +67,25 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     t = _tile(problem, "fwd")
     tiles = -(-rows // t.block_m)
     sinks = problem.sinks
-    with on_device_of(query):
+    described = _described(problem)
+
+    def launch() -> None:
+        if described and not _interpreted():
+            # Each program writes its descriptors to memory that Triton asks its caller for.
+            triton.set_allocator(_scratch)
         attn_fwd[(tiles * batch * heads,)](
             _strided(query), _strided(out), lse, mass if problem.want_mass else None,
             None if sinks is None else sinks.contiguous(), tuple(_source(s) for s in problem.sources),
             _shared(problem), tiles, **_dims(problem), BLOCK_M=t.block_m, BLOCK_N=t.block_n,
-            SOURCES=len(problem.sources), PRECISION=_precision(query), num_warps=t.num_warps, num_stages=t.num_stages,
+            SOURCES=len(problem.sources), PRECISION=_precision(query), DESCRIBED=described, num_warps=t.num_warps,
+            num_stages=t.num_stages,
         )  # fmt: skip
+
+    with on_device_of(query):
+        if described:
+            copy_context().run(launch)  # whoever else uses Triton keeps the allocator they have set
+        else:
+            launch()
     return out, lse, mass
 
 
@@ -232,13 +247,38 @@ def _arch(device: torch.device) -> int:
 
 
 def _tile(problem: Problem, pass_: str) -> Any:
-    from ..triton_kernels.tuning import INTERPRETER, tile
+    from ..triton_kernels.tuning import tile
 
     query = problem.query
-    arch = _arch(query.device) if query.device.type == "cuda" and not _interpreted() else INTERPRETER
+    return tile(_kind(problem), query.dtype, max(query.shape[3], problem.value_dim), pass_, _heavy(problem))
+
+
+def _described(problem: Problem) -> bool:
+    """Whether the forward may read full tiles by descriptor: `tuning` says so, and every row begins at 16 bytes."""
+    from ..triton_kernels.tuning import described
+
+    if not described(_kind(problem), problem.query.dtype, problem.query.shape[3], problem.value_dim, _heavy(problem)):
+        return False
+    unit = 16 // problem.query.element_size()
+    rows = [x for source in problem.sources for x in (source.key, source.value)]
+    return all(x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in x.stride()[:3]) for x in rows)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _kind(problem: Problem) -> int:
+    """The architecture as `tuning` names it."""
+    from ..triton_kernels.tuning import INTERPRETER
+
+    device = problem.query.device
+    return _arch(device) if device.type == "cuda" and not _interpreted() else INTERPRETER
+
+
+def _heavy(problem: Problem) -> bool:
     masks = any(source.attn_mask is not None for source in problem.sources)
-    heavy = masks or problem.dropout_p > 0 or problem.softcap > 0
-    return tile(arch, query.dtype, max(query.shape[3], problem.value_dim), pass_, heavy)
+    return masks or problem.dropout_p > 0 or problem.softcap > 0
 
 
 def _dims(problem: Problem) -> dict[str, int]:
@@ -291,6 +331,7 @@ def _shared(problem: Problem) -> Any:
         query.shape[1],
         query.shape[2],
         problem.group,
+        1 if problem.scale > 0 else None,
     )
 
 
