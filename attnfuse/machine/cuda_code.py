@@ -100,12 +100,15 @@ def _read_object(
     made_by, digest = toolchain(), sha256(path.read_bytes()).hexdigest()
     # An object is disassembled once, and only if something of it is not known yet.
     disassembled = cache(lambda: {(f.name, f.arch.rstrip("af")): f for f in functions(path)})
+
+    def read(kernel: str) -> Reading:
+        return _read(disassembled()[kernel, name], folder, arch, made_by)
+
     found = []
     for kernel in _kernels_in(path):
         pass_, dim = _pass_of(kernel)
         if pass_ in passes and (dim is None or dim in head_dims):
-            key = [kernel, name, made_by, digest]
-            found.append(kept(key, lambda kernel=kernel: _read(disassembled()[kernel, name], folder, arch, made_by)))
+            found.append(kept([kernel, name, made_by, digest], partial(read, kernel)))
     return found
 
 
