@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     from attnfuse.machine import document
     from attnfuse.machine import table as kept_table
 
+    if args.write and not kept_table.PATH.parent.is_dir():
+        raise ValueError(f"--write needs a checkout: {kept_table.PATH.parent} is not there")
     if args.object is not None:
         readings = _read_object(args)
     else:

@@ -6,6 +6,7 @@ A stand-in driver gives Triton a target; `JITFunction.warmup` compiles from stan
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
@@ -59,10 +60,15 @@ def read_all(wanted: Sequence[Config], workers: int | None = None) -> Iterator[R
         raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled under the interpreter")
     # The longest first, so that none is left running alone.
     weight = {"everything": 0, "causal": 1, "plain": 2}
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_quiet) as pool:
         waiting = [pool.submit(read, c) for c in sorted(wanted, key=lambda c: (weight[c.variant], -c.head_dim))]
         for done in as_completed(waiting):
             yield done.result()
+
+
+def _quiet() -> None:
+    # Triton tells every process of its own settings to come.
+    warnings.filterwarnings("ignore", module="triton")
 
 
 def read(config: Config) -> Reading:
