@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnfuse import build, machine
+from attnfuse import build
+from attnfuse.machine import cuda_code, sass, table
+from attnfuse.machine.reading import Reading
 
-ROOT = Path(__file__).parent.parent
-REASON = build.why_not()
+WIDE_PRODUCT = "HMMA.16816"
+REASON = cuda_code.why_not()
 if REASON is None:
     try:
-        machine.cuobjdump()
+        sass.cuobjdump()
     except FileNotFoundError as error:
         REASON = str(error)
 
@@ -25,51 +27,52 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
 @pytest.fixture(scope="module")
-def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extension() -> Path:
     """The extension, from the objects that installing has left in build/cuda where it has."""
-    output = tmp_path_factory.mktemp("cuda") / f"_cuda{build.SUFFIX}"
-    return build.build_cuda(ROOT / "build" / "cuda", output, quiet=True)
+    return cuda_code.compiled(90)[0] / f"_cuda{build.SUFFIX}"
 
 
 @pytest.fixture(scope="module")
-def kernels(extension: Path) -> list[machine.Kernel]:
-    return machine.read_build()
+def readings(extension: Path) -> list[Reading]:
+    return [reading for arch in (80, 90) for reading in cuda_code.read_all(arch)]
 
 
-def test_every_instance_is_there(kernels: list[machine.Kernel]) -> None:
-    found = {(k.name, k.arch) for k in kernels}
-    assert len(found) == len(kernels)
-    for arch in ("sm_80", "sm_90"):
+def test_every_instance_is_there(readings: list[Reading]) -> None:
+    found = {(r.kernel, r.arch) for r in readings}
+    assert len(found) == len(readings)
+    for arch in (80, 90):
         for dtype in ("bf16", "fp16"):
             for dim in (64, 96, 128, 256):
                 assert (f"attn_fwd_kernel<{dtype}, {dim}>", arch) in found
                 assert (f"attn_bwd_dq_kernel<{dtype}, {dim}>", arch) in found
                 assert any(name.startswith(f"attn_bwd_dkdv_kernel<{dtype}, {dim}, ") for name, _ in found)
             assert (f"attn_bwd_dkdv_kernel<{dtype}, 128, true, both>", arch) in found
+            assert (f"attn_bwd_delta_kernel<{dtype}>", arch) in found
+            assert (f"attn_bwd_convert_kernel<{dtype}>", arch) in found
 
 
-def test_no_loop_touches_local_memory(kernels: list[machine.Kernel]) -> None:
-    assert [(k.name, k.arch, k.loop_local) for k in kernels if k.loop_local] == []
+def test_no_loop_touches_local_memory(readings: list[Reading]) -> None:
+    assert [(r.name, r.loop_local) for r in readings if r.loop_local] == []
 
 
-def test_products_are_the_wide_ones(kernels: list[machine.Kernel]) -> None:
-    for kernel in kernels:
-        if kernel.name.startswith(("attn_fwd", "attn_bwd_dq", "attn_bwd_dkdv")):
-            loop = kernel.main_loop
-            assert loop is not None, kernel.name
-            assert loop.count("HMMA") == loop.count(machine.WIDE_PRODUCT) >= 64, (kernel.name, kernel.arch)
-            assert 128 <= kernel.registers <= 255
+def test_one_loop_walks_the_tiles_with_the_wide_products(readings: list[Reading]) -> None:
+    """One tile an iteration, as csrc gives its shape: the products of the loop come out at its FLOP exactly."""
+    for r in readings:
+        if re.match("attn_(fwd|bwd_dq|bwd_dkdv)_", r.kernel):
+            (loop,) = r.loops
+            assert loop.name == "full" and loop.tiles == 1, r.name
+            assert all(name.startswith(WIDE_PRODUCT) for name in loop.products), r.name
+            assert sum(loop.products.values()) >= 64, r.name
+            assert 128 <= r.registers <= 255
 
 
-def test_the_table_in_the_repository_is_this_one(kernels: list[machine.Kernel]) -> None:
-    kept = machine.DOCUMENT.read_text()
-    release = re.search(r"nvcc ([\d.]+)", kept)
-    told = subprocess.run([str(build.cuda_home() / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
-    if release is None or f"release {release[1]}," not in told or build.architectures() != build.DEFAULT_ARCHITECTURES:
-        pytest.skip(f"the table was made by nvcc {release and release[1]} for {build.DEFAULT_ARCHITECTURES}")
-    for kernel in kernels:
-        line = "| " + " | ".join(machine.row(kernel)) + " |"
-        assert line in kept, f"not in docs/cuda_machine_code.md (python -m attnfuse.machine --write): {line}"
+def test_the_table_in_the_repository_is_this_one(readings: list[Reading]) -> None:
+    fresh = table.lines(readings)
+    kept = {line.key: line for line in table.kept() if line.language == "cuda"}
+    assert {line.key for line in fresh} == set(kept)
+    if {line.toolchain for line in fresh} == {line.toolchain for line in kept.values()}:
+        for line in fresh:
+            assert line == kept[line.key], "the table is not of these sources: attnfuse inspect --write"
 
 
 def test_the_extension_is_small(extension: Path) -> None:

@@ -536,8 +536,10 @@ SCRIPT = """
 import json, math, re
 import torch, triton
 from triton.runtime.jit import MockTensor
-from attnfuse.machine import loops
-from attnfuse.triton_kernels import machine, qk_norm_rope as kernels
+from attnfuse.machine.flow import loops
+from attnfuse.machine.sass import functions
+from attnfuse.machine.triton_code import stand_in
+from attnfuse.triton_kernels import qk_norm_rope as kernels
 
 def reading(arch, name, dtype, dim, half, interleaved):
     # 2 samples of 4096 tokens, 32 query and 8 key heads, heads innermost
@@ -551,20 +553,21 @@ def reading(arch, name, dtype, dim, half, interleaved):
         tiles = 4096 * heads // block
         parts.append(kernels.Part(rows, rows, rows if backward else None, f32, f32 if backward else None, table, table,
                                   heads, 4096 * heads, tiles, 2 * tiles, 1024 if backward else 2 * tiles))
-    triton.runtime.driver.set_active(machine._stand_in(arch))
+    triton.runtime.driver.set_active(stand_in(arch))
     kernel = kernels.qk_norm_rope_bwd if backward else kernels.qk_norm_rope_fwd
     compiled = kernel.warmup(
         *parts, 1e-6, *([99] if backward else []), grid=(1,), HALF=half, HALF_PAD=half_pad, TAIL=dim - 2 * half,
         TAIL_PAD=tail_pad, BLOCK=block, ALIGN=math.gcd(16, dim), TABLE_ALIGN=math.gcd(16, half),
         INTERLEAVED=interleaved, num_warps=kernels.WARPS,
     )
-    registers, local = machine._resources(compiled.asm["cubin"])
-    sass = machine._disassembled(compiled.asm["cubin"])
+    (function,) = functions(compiled.asm["cubin"])
+    names = [x.name for x in function.code]
     return {
-        "registers": registers, "local": local, "shared": compiled.metadata.shared,
-        "loop_local": max((loop.local for loop in loops(sass)), default=0),
-        "atomics": len(re.findall("ATOM|RED[.]", sass)),
-        "narrow": len(re.findall(r"(?:LDG|STG)[.]E(?:[.]U16)?(?![.\\\\w])", sass)), "wide": sass.count("STG.E.128"),
+        "registers": function.registers, "local": function.local, "shared": compiled.metadata.shared,
+        "loop_local": max((loop.local for loop in loops(function.code)), default=0),
+        "atomics": sum(name.startswith(("ATOM", "RED.")) for name in names),
+        "narrow": sum(re.fullmatch("(LDG|STG)[.]E([.]U16)?", name) is not None for name in names),
+        "wide": names.count("STG.E.128"),
     }
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from .tile import (
     base,
     column_range,
     dot,
+    folds,
     head_slope,
     in_units,
     kept,
@@ -80,6 +81,19 @@ def load_row_state(lse_ptr, delta_ptr, grad_mass, shared, at, inside, s, SOURCES
 
 
 @triton.jit
+def weights(z, lse, shared, bias, FOLDS: tl.constexpr):
+    """p = e^(z - lse), z being the bare products q . k if FOLDS (see `folds`)."""
+    if FOLDS:
+        shift = -lse
+        if bias is not None:
+            shift += bias
+        p = power(z * shared.to_units + shift, shared)
+    else:
+        p = power(z - lse, shared)
+    return p
+
+
+@triton.jit
 def dq_tile(
     dq, dz_sum, p_sum, dz_far, p_far, q, do, lse, delta, live, keys, values, source, shared, bias, slope, offset,
     b, h, i, start, hi,
@@ -88,6 +102,7 @@ def dq_tile(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add columns start .. start + BLOCK_N to dq and to the row sums of `attn_bwd_dq`."""
+    FOLDS: tl.constexpr = folds(source, shared, slope)
     j = start + tl.arange(0, BLOCK_N)
     columns_seen = None
     if MASKED:
@@ -100,11 +115,14 @@ def dq_tile(
     pairs = None
     if MASKED:
         pairs = load_pairs(source, b, h, i[:, None], j[None, :], shared.rows)
-    z, slack = logits(dots, shared, bias, slope, pairs, i[:, None], j[None, :], offset)
+    if FOLDS:
+        z = dots
+    else:
+        z, slack = logits(dots, shared, bias, slope, pairs, i[:, None], j[None, :], offset)
     if MASKED:
-        seen = seen_pairs(source, pairs, i[:, None], j[None, :], offset, columns_seen[None, :], live[:, None])
+        seen = seen_pairs(source, pairs, i[:, None], j[None, :], offset, columns_seen[None, :], live[:, None], hi)
         z = tl.where(seen, z, float("-inf"))
-    p = power(z - lse[:, None], shared)
+    p = weights(z, lse[:, None], shared, bias, FOLDS)
     if shared.seed is not None:
         dp = tl.where(kept(shared, source, b, h, i[:, None], j[None, :]), dp * shared.rescale, 0.0)
     dz = p * (dp - delta[:, None])
@@ -224,12 +242,13 @@ def add_pairs_gradient(grad_pairs, dz, b, h, i, j, rows, columns, SUM_I: tl.cons
 @triton.jit
 def dkdv_tile(
     dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, source, shared, bias, slope, offset,
-    columns_seen, b, h, j, start, s,
+    columns_seen, b, h, j, start, s, length,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     SOURCES: tl.constexpr, SUM_I: tl.constexpr, SUM_J: tl.constexpr, ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add rows start .. start + BLOCK_M of head h to dk and dv."""
+    FOLDS: tl.constexpr = folds(source, shared, slope)
     i = start + tl.arange(0, BLOCK_M)
     at = (tl.cast(b, tl.int64) * shared.heads + h) * shared.rows + i
     if MASKED:
@@ -245,11 +264,14 @@ def dkdv_tile(
     pairs = None
     if MASKED:
         pairs = load_pairs(source, b, h, i[None, :], j[:, None], shared.rows)
-    z, slack = logits(dots, shared, bias, slope, pairs, i[None, :], j[:, None], offset)
+    if FOLDS:
+        z = dots
+    else:
+        z, slack = logits(dots, shared, bias, slope, pairs, i[None, :], j[:, None], offset)
     if MASKED:
-        seen = seen_pairs(source, pairs, i[None, :], j[:, None], offset, columns_seen[:, None], live[None, :])
+        seen = seen_pairs(source, pairs, i[None, :], j[:, None], offset, columns_seen[:, None], live[None, :], length)
         z = tl.where(seen, z, float("-inf"))
-    p = power(z - lse[None, :], shared)
+    p = weights(z, lse[None, :], shared, bias, FOLDS)
 
     do = load_rows(base(grad_out, b, h), grad_out.row, start, BLOCK_M, DV, DV_PAD, live)
     dropped = p
@@ -304,20 +326,20 @@ def attn_bwd_dkdv(
             for start in range(lo, tl.minimum(full_lo, hi), BLOCK_M):
                 dk, dv = dkdv_tile(
                     dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, source, shared, bias,
-                    slope, offset, columns_seen, b, h, j, start, s, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
+                    slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
                     SUM_I, SUM_J, ATOMIC, PRECISION, True,
                 )  # fmt: skip
         if source.key_mask is None and source.pairs is None:
             for start in range(full_lo, full_hi, BLOCK_M):
                 dk, dv = dkdv_tile(
                     dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, source, shared, bias,
-                    slope, offset, columns_seen, b, h, j, start, s, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
+                    slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
                     SUM_I, SUM_J, ATOMIC, PRECISION, False,
                 )  # fmt: skip
         for start in range(full_hi, hi, BLOCK_M):
             dk, dv = dkdv_tile(
                 dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, source, shared, bias,
-                slope, offset, columns_seen, b, h, j, start, s, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
+                slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
                 SUM_I, SUM_J, ATOMIC, PRECISION, True,
             )  # fmt: skip
     store_rows(base(grad_key, b, hkv), grad_key.row, first, BLOCK_N, D, D_PAD, source.columns, dk * scale)

@@ -18,10 +18,13 @@ import triton.language as tl
 from .tile import (
     base,
     column_range,
+    describe_rows,
     dot,
+    folds,
     head_slope,
     in_units,
     kept,
+    load_full,
     load_pairs,
     load_rows,
     logits,
@@ -41,28 +44,49 @@ LN2 = tl.constexpr(0.6931471805599453)
 def attend_tile(
     acc, m, l, q, keys, values, source, shared, bias, slope, offset, b, h, i, start, hi,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr, DESCRIBED: tl.constexpr = False,
 ):  # fmt: skip
-    """One step of the online softmax over columns start .. start + BLOCK_N; l counts this source only."""
+    """One step of the online softmax over columns start .. start + BLOCK_N; l counts this source only.
+
+    keys and values are pointers, or descriptors if DESCRIBED, which a masked tile must not be.
+    """
+    FOLDS: tl.constexpr = folds(source, shared, slope)
     j = start + tl.arange(0, BLOCK_N)
-    columns_seen = None
     if MASKED:
         columns_seen = seen_columns(source, b, j, 0, hi)
-    k = load_rows(keys, source.key.row, start, BLOCK_N, D, D_PAD, columns_seen)
+        k = load_rows(keys, source.key.row, start, BLOCK_N, D, D_PAD, columns_seen)
+    else:
+        k = load_full(keys, source.key.row, start, BLOCK_N, D, D_PAD, DESCRIBED)
     dots = dot(q, tl.trans(k), None, PRECISION)  # (BLOCK_M, BLOCK_N)
 
     pairs = None
     if MASKED:
         pairs = load_pairs(source, b, h, i[:, None], j[None, :], shared.rows)
-    z, _ = logits(dots, shared, bias, slope, pairs, i[:, None], j[None, :], offset)
+    if FOLDS:
+        z = dots
+    else:
+        z, _ = logits(dots, shared, bias, slope, pairs, i[:, None], j[None, :], offset)
     if MASKED:
         inside = (i < shared.rows)[:, None]
-        seen = seen_pairs(source, pairs, i[:, None], j[None, :], offset, columns_seen[None, :], inside)
+        seen = seen_pairs(source, pairs, i[:, None], j[None, :], offset, columns_seen[None, :], inside, hi)
         z = tl.where(seen, z, float("-inf"))
-    m_new = tl.maximum(m, tl.max(z, 1))
-    # A row that has seen nothing yet has maximum -inf: -inf - -inf would be NaN.
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = power(z - m_safe[:, None], shared)
+    largest = tl.max(z, 1)
+    if FOLDS:
+        largest = largest * shared.to_units
+        if bias is not None:
+            largest += bias
+    m_new = tl.maximum(m, largest)
+    m_safe = m_new
+    if MASKED or bias is not None:
+        # A row that has seen nothing yet has maximum -inf: -inf - -inf would be NaN.
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    if FOLDS:
+        shift = -m_safe
+        if bias is not None:
+            shift += bias
+        p = power(z * shared.to_units + shift[:, None], shared)  # one fused multiply-add before the exponential
+    else:
+        p = power(z - m_safe[:, None], shared)
     fade = power(m - m_safe, shared)
     l = l * fade + tl.sum(p, 1)
     acc = acc * fade[:, None]
@@ -72,7 +96,9 @@ def attend_tile(
         if source.pairs is not None or source.left is not None:
             # A column that no row of the tile sees may hold NaN, and 0 * NaN is NaN.
             columns_seen = columns_seen & (tl.max(seen.to(tl.int32), 0) != 0)
-    v = load_rows(values, source.value.row, start, BLOCK_N, DV, DV_PAD, columns_seen)
+        v = load_rows(values, source.value.row, start, BLOCK_N, DV, DV_PAD, columns_seen)
+    else:
+        v = load_full(values, source.value.row, start, BLOCK_N, DV, DV_PAD, DESCRIBED)
     acc = dot(p.to(v.dtype), v, acc, PRECISION)
     return acc, m_new, l
 
@@ -82,8 +108,12 @@ def attn_fwd(
     query, out, lse_ptr, mass_ptr, sinks, sources, shared, tiles,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOURCES: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """query (B, Hq, Nq, D) -> out (B, Hq, Nq, Dv), lse (B, Hq, Nq), mass (B, Hq, Nq, S) unless None."""
+    """query (B, Hq, Nq, D) -> out (B, Hq, Nq, Dv), lse (B, Hq, Nq), mass (B, Hq, Nq, S) unless None.
+
+    DESCRIBED: full tiles come by descriptor, under the conditions of `describe_rows`.
+    """
     program = tl.program_id(0)
     first = (tiles - 1 - program % tiles) * BLOCK_M
     h = program // tiles % shared.heads
@@ -116,10 +146,15 @@ def attn_fwd(
                     D, DV, D_PAD, DV_PAD, BLOCK_N, PRECISION, True,
                 )  # fmt: skip
         if source.key_mask is None and source.pairs is None:
+            full_keys = keys
+            full_values = values
+            if DESCRIBED:
+                full_keys = describe_rows(keys, source.key.row, source.columns, BLOCK_N, D)
+                full_values = describe_rows(values, source.value.row, source.columns, BLOCK_N, DV)
             for start in range(full_lo, full_hi, BLOCK_N):
                 acc, m, l_s = attend_tile(
-                    acc, m, l_s, q, keys, values, source, shared, bias, slope, offset, b, h, i, start, hi,
-                    D, DV, D_PAD, DV_PAD, BLOCK_N, PRECISION, False,
+                    acc, m, l_s, q, full_keys, full_values, source, shared, bias, slope, offset, b, h, i, start, hi,
+                    D, DV, D_PAD, DV_PAD, BLOCK_N, PRECISION, False, DESCRIBED,
                 )  # fmt: skip
         for start in range(full_hi, hi, BLOCK_N):
             acc, m, l_s = attend_tile(

@@ -50,6 +50,7 @@ class Shared(NamedTuple):
     heads: Any  # Hq
     rows: Any  # Nq
     group: Any  # query heads per key head
+    rising: Any = None  # 1: to_units > 0, so that the largest product is the largest logit; None: it may not be
 
 
 class Source(NamedTuple):
@@ -98,6 +99,26 @@ def load_rows(ptr, stride, start, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.co
         else:
             x = tl.load(at, mask=valid[:, None] & (d[None, :] < D), other=0.0)
     return x
+
+
+@triton.jit
+def describe_rows(ptr, stride, rows, N: tl.constexpr, D: tl.constexpr):
+    """A tensor descriptor of a (rows, D) matrix, for loads of (N, D) at [row, 0] by the copy engine (TMA on Hopper).
+
+    It needs D to be a power of two, and ptr and the stride to be multiples of 16 bytes.
+    """
+    at_least_one = tl.maximum(tl.cast(rows, tl.int32), 1)  # a descriptor of nothing is not one, even if not used
+    return tl.make_tensor_descriptor(ptr, [at_least_one, D], [tl.cast(stride, tl.int64), 1], [N, D])
+
+
+@triton.jit
+def load_full(x, stride, start, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DESCRIBED: tl.constexpr):
+    """Rows start .. start + N, all of which are there, of what x points to or, if DESCRIBED, describes."""
+    if DESCRIBED:
+        y = x.load([start, 0])
+    else:
+        y = load_rows(x, stride, start, N, D, D_PAD, None)
+    return y
 
 
 @triton.jit
@@ -261,12 +282,24 @@ def load_pairs(source, b, h, i, j, rows):
 
 
 @triton.jit
-def seen_pairs(source, pairs, i, j, offset, columns_seen, rows_live):
-    """Which pairs (i, j) are seen, given which columns are and which rows count at all."""
-    seen = columns_seen & rows_live
+def seen_pairs(source, pairs, i, j, offset, columns_seen, rows_live, hi=None):
+    """Which pairs (i, j) are seen, given which columns are and which rows count at all.
+
+    With hi, columns_seen need only tell the key mask: j < hi, the rows and the band's right edge are one comparison for
+    each pair, of j with the row's own last column.
+    """
     ahead = j - i - offset
-    if source.right is not None:
-        seen = seen & (ahead <= source.right)
+    if hi is not None:
+        end = tl.zeros_like(i) + hi
+        if source.right is not None:
+            end = tl.minimum(end, i + offset + source.right + 1)
+        seen = j < tl.where(rows_live, end, 0)
+        if source.key_mask is not None:
+            seen = seen & columns_seen
+    else:
+        seen = columns_seen & rows_live
+        if source.right is not None:
+            seen = seen & (ahead <= source.right)
     if source.left is not None:
         seen = seen & (ahead >= -source.left)
     if source.pairs is not None:
@@ -312,6 +345,13 @@ def logits(dots, shared, bias, slope, pairs, i, j, offset):
         if pairs.dtype.is_floating():
             z = z + in_units(pairs.to(tl.float32), shared)
     return z, slack
+
+
+@triton.jit
+def folds(source, shared, slope):
+    """Whether z is to_units (q . k) + bias with to_units > 0: then neither its maximum nor its exponential needs z."""
+    plain: tl.constexpr = shared.rising is not None and shared.to_cap is None and slope is None
+    return plain and source.pairs is None
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Tile shapes by architecture, dtype, head dim and pass: the only place that knows them.
 
-The rows were chosen from machine code (`python -m attnfuse.triton_kernels.machine`): shared memory within the
-architecture's limit, and no spills in the loops of the 16-bit forward at head dims 64 and 128. None has been timed.
+The rows were chosen from machine code (`attnfuse inspect`): shared memory within the architecture's limit, and no local
+memory in the loops of the 16-bit kernels at head dims 64 and 128. None has been timed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 # 16 bit: {family: {padded head dim: {pass: tile}}}
 _HALF = {
     80: {
-        64: {"fwd": Tile(128, 64, 8, 3), "dq": Tile(64, 64, 4, 2), "dkdv": Tile(64, 64, 8, 2)},
+        64: {"fwd": Tile(128, 64, 8, 3), "dq": Tile(64, 64, 4, 2), "dkdv": Tile(32, 128, 8, 2)},
         128: {"fwd": Tile(128, 64, 8, 2), "dq": Tile(64, 64, 4, 2), "dkdv": Tile(32, 64, 4, 2)},
         256: {"fwd": Tile(64, 32, 4, 2), "dq": Tile(64, 32, 8, 1), "dkdv": Tile(16, 64, 8, 1)},
     },
@@ -74,6 +74,16 @@ def tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, heavy: bool =
     # sm_120 has sm_80's instructions; what is not known is served as the oldest.
     family = 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
     return _HALF[family][bucket][pass_]
+
+
+def described(arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, heavy: bool = False) -> bool:
+    """Whether the forward reads full tiles by tensor descriptor, given rows that begin at multiples of 16 bytes.
+
+    From Hopper on the copy engine (TMA) then computes the addresses: 0.5 instructions less for each score element of
+    the full tiles. A head dim that is padded would be read past its end, and a heavy tile is masked throughout.
+    """
+    whole = head_dim == padded(head_dim) and value_dim == padded(value_dim)
+    return (arch >= 90 or arch == INTERPRETER) and dtype != torch.float32 and whole and not heavy
 
 
 # Few queries, long keys: rows are the packed ones of triton_kernels/packed.py, group Nq of them.

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from contextvars import copy_context
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -163,6 +164,8 @@ def forward(problem: Problem, *, splits: int | None = None) -> tuple[Tensor, Ten
 
     splits: 0 takes the plain kernel, more splits the keys so many ways; None leaves it to `plan_forward`.
     """
+    import triton
+
     from ..triton_kernels.attn_fwd import attn_fwd
 
     query = problem.query
@@ -177,13 +180,25 @@ def forward(problem: Problem, *, splits: int | None = None) -> tuple[Tensor, Ten
     t = _tile(problem, "fwd")
     tiles = -(-rows // t.block_m)
     sinks = problem.sinks
-    with on_device_of(query):
+    described = _described(problem)
+
+    def launch() -> None:
+        if described and not _interpreted():
+            # Each program writes its descriptors to memory that Triton asks its caller for.
+            triton.set_allocator(_scratch)
         attn_fwd[(tiles * batch * heads,)](
             _strided(query), _strided(out), lse, mass if problem.want_mass else None,
             None if sinks is None else sinks.contiguous(), tuple(_source(s) for s in problem.sources),
             _shared(problem), tiles, **_dims(problem), BLOCK_M=t.block_m, BLOCK_N=t.block_n,
-            SOURCES=len(problem.sources), PRECISION=_precision(query), num_warps=t.num_warps, num_stages=t.num_stages,
+            SOURCES=len(problem.sources), PRECISION=_precision(query), DESCRIBED=described, num_warps=t.num_warps,
+            num_stages=t.num_stages,
         )  # fmt: skip
+
+    with on_device_of(query):
+        if described:
+            copy_context().run(launch)  # whoever else uses Triton keeps the allocator they have set
+        else:
+            launch()
     return out, lse, mass
 
 
@@ -493,6 +508,21 @@ def _merge_tile(problem: Problem, dim: int) -> Any:
     return merge_tile(_kind(problem), dim)
 
 
+def _described(problem: Problem) -> bool:
+    """Whether the forward may read full tiles by descriptor: `tuning` says so, and every row begins at 16 bytes."""
+    from ..triton_kernels.tuning import described
+
+    if not described(_kind(problem), problem.query.dtype, problem.query.shape[3], problem.value_dim, _heavy(problem)):
+        return False
+    unit = 16 // problem.query.element_size()
+    rows = [x for source in problem.sources for x in (source.key, source.value)]
+    return all(x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in x.stride()[:3]) for x in rows)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def _dims(problem: Problem) -> dict[str, int]:
     from ..triton_kernels.tuning import padded
 
@@ -537,6 +567,7 @@ def _shared(problem: Problem) -> Any:
         query.shape[1],
         query.shape[2],
         problem.group,
+        1 if problem.scale > 0 else None,
     )
 
 

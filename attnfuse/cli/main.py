@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 COMMANDS = {
     "info": "this machine, the versions, and each backend: available or why not",
+    "inspect": "compile the kernels for a card that is not here and read their machine code: loops, units, ceilings",
     "check": "hold every backend this machine can run to the error budget; exit 1 on any failure",
     "bench": "time attnfuse against its peers, each row checked first; exit 1 on any wrong result",
     "demo": "train audio-visual digit classifiers at each level of fusion, on the CPU, in minutes",

@@ -1,0 +1,157 @@
+"""The CUDA kernels: csrc/instances compiled by nvcc for an architecture, and what each kernel's loop is about."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+from .. import build
+from .model import WARP, Work
+from .reading import Reading, kept, read_function
+from .sass import Function, demangled, functions, printed
+
+ROOT = build.CSRC.parent
+
+
+class Shape(NamedTuple):
+    """A pass's tile, as csrc tells it (`TileShape` of csrc/attention.h)."""
+
+    name: str
+    rows: int
+    columns: int
+    threads: int
+    shared: int  # bytes
+
+
+def why_not() -> str | None:
+    """Why the CUDA kernels cannot be compiled and read here; None if they can."""
+    return build.why_not()
+
+
+def toolchain() -> str:
+    home = build.cuda_home()
+    assert home is not None
+    return "nvcc " + printed(str(home / "bin" / "nvcc"), "--version").split(", V")[-1].split()[0]
+
+
+def compiled(arch: int) -> tuple[Path, str]:
+    """The folder with the objects of csrc/instances and the extension for `arch`, and their architecture's name.
+
+    Where installing compiles for it, in that same folder, so that nothing is compiled twice.
+    """
+    names = build.architectures()
+    for name in (f"sm_{arch}a", f"sm_{arch}"):
+        if name in names:
+            return _built(ROOT / "build" / "cuda"), f"sm_{arch}"
+    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    os.environ["TORCH_CUDA_ARCH_LIST"] = f"{arch // 10}.{arch % 10}"
+    try:
+        return _built(ROOT / "build" / f"cuda-sm_{arch}"), f"sm_{arch}"
+    finally:
+        if before is None:
+            del os.environ["TORCH_CUDA_ARCH_LIST"]
+        else:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = before
+
+
+def _built(folder: Path) -> Path:
+    build.build_cuda(folder, folder / f"_cuda{build.SUFFIX}", quiet=True)
+    return folder
+
+
+def shapes(folder: Path, dim: int) -> list[Shape]:
+    """Tile and shared memory of every pass at a head dim, as the extension in `folder` tells them."""
+    return [Shape(*shape) for shape in _extension(folder).tile_shapes(dim)]
+
+
+def _extension(folder: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("attnfuse._cuda", folder / f"_cuda{build.SUFFIX}")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_all(
+    arch: int,
+    head_dims: Sequence[int] = (64, 96, 128, 256),
+    passes: Sequence[str] = ("fwd", "dq", "dkdv", "rows"),
+    workers: int | None = None,
+) -> Iterator[Reading]:
+    """Every kernel of csrc/instances for `arch`; objects that have not changed are neither compiled nor read again."""
+    folder, name = compiled(arch)
+    objects = sorted((folder / "instances").glob("*.o"))
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        for found in pool.map(partial(_read_object, folder, arch, name, head_dims, passes), objects):
+            yield from found
+
+
+def _read_object(
+    folder: Path, arch: int, name: str, head_dims: Sequence[int], passes: Sequence[str], path: Path
+) -> list[Reading]:
+    made_by, digest = toolchain(), sha256(path.read_bytes()).hexdigest()
+    # An object is disassembled once, and only if something of it is not known yet.
+    disassembled = cache(lambda: {(f.name, f.arch.rstrip("af")): f for f in functions(path)})
+
+    def read(kernel: str) -> Reading:
+        return _read(disassembled()[kernel, name], folder, arch, made_by)
+
+    found = []
+    for kernel in _kernels_in(path):
+        pass_, dim = _pass_of(kernel)
+        if pass_ in passes and (dim is None or dim in head_dims):
+            found.append(kept([kernel, name, made_by, digest], partial(read, kernel)))
+    return found
+
+
+def _kernels_in(path: Path) -> list[str]:
+    """Names of the kernels in an object, from its sources' instantiations: disassembling takes longer."""
+    text = path.read_bytes()
+    found = sorted(set(re.findall(rb"\.text\.(_Z\w+)", text)))
+    return [demangled(name.decode()) for name in found if b"_kernel" in name]
+
+
+def _pass_of(kernel: str) -> tuple[str, int | None]:
+    name = kernel.split("<")[0]
+    dim = re.search(r"<\w+, (\d+)", kernel)
+    for pass_ in ("fwd", "dq", "dkdv"):
+        if f"_{pass_}_" in name:
+            return pass_, int(dim[1]) if dim else None
+    return "rows", None
+
+
+def _read(function: Function, folder: Path, arch: int, made_by: str) -> Reading:
+    base = function.name.split("<")[0].removesuffix("_kernel")
+    arguments = [a.strip() for a in function.name.partition("<")[2].rstrip(">").split(",")]
+    if base not in WORK:
+        return read_function(function, None, "cuda", arch, function.name, made_by, "-")
+    dim = int(arguments[1])
+    candidates = [shape for shape in shapes(folder, dim) if shape.name == base]
+    shape, depths = WORK[base](arguments, candidates)
+    work = Work(shape.rows, shape.columns, shape.threads // WARP, (dim,) * depths, shared=shape.shared)
+    tile = f"{shape.rows}x{shape.columns} w{shape.threads // WARP}"
+    return read_function(function, work, "cuda", arch, function.name, made_by, tile)
+
+
+def _dkdv(arguments: Sequence[str], candidates: Sequence[Shape]) -> tuple[Shape, int]:
+    # <dtype, dim, for cards with 99 KB, which gradients>: the first shape is the usual card's, or dV's launch.
+    _, _, small, wanted = arguments
+    products = {"both": 5, "value": 2, "key": 4}[wanted]  # S, dP, dV, dK, dQ, as far as needed
+    return candidates[int(small == "true" or wanted == "key")], products
+
+
+# Of a kernel that walks tiles: its shape of those csrc names for the head dim, and how many products a tile takes.
+# A new kernel gets a line here.
+WORK: dict[str, Callable[[Sequence[str], Sequence[Shape]], tuple[Shape, int]]] = {
+    "attn_fwd": lambda arguments, candidates: (candidates[0], 2),
+    "attn_bwd_dq": lambda arguments, candidates: (candidates[0], 3),
+    "attn_bwd_dkdv": _dkdv,
+}

@@ -1,0 +1,339 @@
+"""`attnfuse inspect`: loops by control flow, clocks by unit, what makes a kernel worse; and the kernels' own promises.
+
+The kernels are compiled for cards that are not here and held to the table in docs/machine_code.csv: line by line where
+the compilers are those the table was made with, by what it promises of any compiler elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnfuse.cli.main import main
+from attnfuse.machine import document, flow, reading, sass, table
+from attnfuse.machine.flow import Flow, loops
+from attnfuse.machine.model import Work, blocks_per_sm, cost
+
+ROOT = Path(__file__).parent.parent
+
+
+def code(text: str) -> list[sass.Instruction]:
+    """Instructions from lines `[label:] [@guard] NAME operands`, addresses 16 apart; `label` as an operand is one."""
+    lines = [line.split(";")[0].strip() for line in text.strip().splitlines()]
+    labels = {line.split(":")[0]: n * 16 for n, line in enumerate(lines) if ":" in line}
+    listing = []
+    for n, line in enumerate(lines):
+        words = line.split(":")[-1].split()
+        words = [f"{labels[w]:#x}" if w in labels else w for w in words]
+        listing.append(f"        /*{n * 16:04x}*/                   {' '.join(words)} ;")
+    return sass.instructions("\n".join(listing))
+
+
+# What the CUDA compiler makes of a loop: a rotated head, a skipped part, a part moved behind the end, padding.
+LOOP = """
+    MOV R0
+    @!P0 BRA out
+head: FADD R1
+    @P1 BRA rare
+    FMUL R2
+back: IADD3 R3
+    @P2 BRA head
+out: EXIT
+rare: STL [R1], R4
+    BRA back
+pad: BRA pad
+"""
+
+
+def test_a_loop_is_what_control_can_do() -> None:
+    (loop,) = loops(code(LOOP))
+    assert loop.begin == 0x20
+    # The part behind the end belongs to the loop: between its first and last line it is not.
+    assert sorted(loop.names) == ["BRA", "FADD", "FMUL", "IADD3", "STL"]
+    assert (loop.local, loop.instructions, loop.depth) == (1, 7, 0)
+    assert [x.name for x in loop.path] == ["FADD", "BRA", "FMUL", "IADD3", "BRA"]
+
+
+def test_a_backward_branch_without_a_loop_is_none() -> None:
+    text = """
+        BRA later
+    earlier: STL [R1], R4
+        EXIT
+    later: FADD R1
+        BRA earlier
+    """
+    assert loops(code(text)) == []
+
+
+def test_loops_nest() -> None:
+    text = """
+    outer: FADD R1
+    inner: HMMA.16816.F32 R4, R8, R12, R4
+        @P0 BRA inner
+        @P3 BRA inner
+        FMUL R2
+        @P1 BRA outer
+        EXIT
+    """
+    first, second = loops(code(text))
+    assert (first.begin, first.depth, second.begin, second.depth) == (0, 0, 16, 1)
+    assert second.parent is first
+    assert not first.multiplies and second.multiplies  # the product is the inner loop's own
+    assert len(second.code) == 3  # two back edges to one head are one loop
+    assert [x.name for x in first.own] == ["FADD", "FMUL", "BRA"]
+
+
+def test_the_path_takes_every_product_and_copy_and_the_least_beside() -> None:
+    text = """
+    head: HMMA.16816.F32 R4, R8, R12, R4
+        @P0 BRA nomask
+        FSEL R1, R1, -INF , P1
+        FSEL R2, R2, -INF , P1
+    nomask: @P1 BRA last
+        LDGSTS.E.BYPASS.128 [R241], desc[UR40][R232.64]
+    last: MUFU.EX2 R1, R1
+        @P2 BRA head
+        EXIT
+    """
+    (loop,) = loops(code(text))
+    names = [x.opcode for x in loop.path]
+    assert names == ["HMMA", "BRA", "BRA", "LDGSTS", "MUFU", "BRA"]
+    assert len(loop.code) == 8
+
+
+def test_threads_that_parted_meet_where_bssy_says() -> None:
+    text = """
+    head: BSSY B0, meet
+        @P0 BRA side
+        FADD R1
+        BSYNC B0
+    side: FMUL R2
+        BSYNC B0
+        EXIT
+    meet: FFMA R3
+        @P1 BRA head
+        EXIT
+    """
+    (loop,) = loops(code(text))
+    assert {"FADD", "FMUL", "FFMA"} <= set(loop.names)
+    assert "EXIT" not in loop.names
+
+
+def test_conditional_branches_of_every_spelling_fall_through() -> None:
+    for branch in ("@P0 BRA there", "@!UP1 BRA there", "BRA P0, there", "BRA.U UP0, there", "BRA.U !UP2, there"):
+        assert len(Flow(code(f"{branch}\n FADD R1\nthere: EXIT")).next[0]) == 2, branch
+    assert Flow(code("BRA there\n FADD R1\nthere: EXIT")).next[0] == [2]
+    assert Flow(code("BRA.DIV UR4, there\n FADD R1\nthere: EXIT")).next == [[]]  # never taken: one block
+
+
+def test_a_computed_jump_is_refused() -> None:
+    with pytest.raises(ValueError, match="BRX"):
+        loops(code("BRX R2 -0x10\nEXIT"))
+
+
+def synthetic(instructions: int, guarded: str = "") -> flow.Loop:
+    """A loop such as FlashAttention-3's at head dim 128 with a 128 x 128 tile: 16 products, 66 exponentials."""
+    lines = ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24"] * 7
+    lines += ["HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0"]
+    lines += ["HGMMA.64x128x16.F32.BF16 R88, R152, gdesc[UR16].tnspB, R88"] * 7
+    lines += ["HGMMA.64x128x16.F32.BF16 R88, R180, gdesc[UR16].tnspB, R88, gsb0"]
+    lines += ["WARPGROUP.DEPBAR.LE gsb0, 0x1", *["MUFU.EX2 R1, R1"] * 66, "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
+    lines += [guarded] * bool(guarded)
+    lines += ["FADD R1"] * (instructions - len(lines) - 1)
+    (loop,) = loops(code("head: " + "\n".join(lines) + "\n @P0 BRA head\nEXIT"))
+    return loop
+
+
+FA3 = Work(128, 128, 8, (128, 128), copied=2 * 128 * 128 * 2)
+
+
+def test_the_model_gives_the_published_shares() -> None:
+    """469 instructions: 7.3 an element, MUFU 52 %, issue 46 %, shared memory 88 %, as published.py has it."""
+    c = cost(synthetic(469), FA3, 90)
+    assert (c.tiles, c.tensor) == (1, 2048)
+    assert round(c.per_element, 1) == 7.3
+    assert [round(100 * (c.share(unit) or 0)) for unit in ("ex2", "issue", "shared")] == [52, 46, 88]
+    assert (c.binding, c.ceiling) == ("tensor", 989)
+    assert c.overlapped == 1.0
+    # A block that issues more than the tensor cores take is bound by it.
+    slow = cost(synthetic(1200), FA3, 90)
+    assert slow.binding == "issue" and slow.ceiling == pytest.approx(989 * 2048 / 2400)
+    assert cost(synthetic(469), replace(FA3, rows=64), 90).tiles == 2  # two tiles an iteration
+    wide = cost(synthetic(469), replace(FA3, depths=(96, 96)), 90)  # a head dim of 96 computed in 128
+    assert (wide.tiles, wide.repeated) == (1, 128 / 96) and wide.ceiling == pytest.approx(989 * 96 / 128)
+
+
+def test_what_warps_compute_twice_is_no_second_tile() -> None:
+    """64 rows by eight warps of 16 rows each: every product is done twice, on one copied tile."""
+    text = "head: HMMA.16816.F32 R4, R8, R12, R4\n" * 1 + "LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64]\n"
+    (loop,) = loops(code(text + "@P0 BRA head\nEXIT"))
+    c = cost(loop, Work(64, 8, 8, (16,), copied=8 * 512), 80)
+    assert (c.tiles, c.repeated) == (1, 2.0)
+    assert c.ceiling == pytest.approx(312 * (8 * 4096 / 2048) / 2 / 32)  # shared memory binds: 4096 bytes, 32 clocks
+    assert cost(loop, Work(64, 8, 8, (16,), copied=4 * 512), 80).tiles == 2
+
+
+def test_what_is_not_known_is_not_told() -> None:
+    (loop,) = loops(code("head: HMMA.16816.F32.BF16 R4, R8, R12, R4\n MUFU.EX2 R1, R1\n @P0 BRA head\nEXIT"))
+    c = cost(loop, Work(16, 8, 1, (16,)), 120)
+    assert (c.tensor, c.ceiling, c.binding, c.overlapped) == (None, None, "unknown", None)
+    assert c.ex2 == 2
+
+
+def test_never_executed_instructions_are_issued_and_nothing_else() -> None:
+    plain, filled = cost(synthetic(469), FA3, 90), cost(synthetic(469, "@!PT LDS RZ, [RZ]"), FA3, 90)
+    assert (plain.shared, plain.issue) == (filled.shared, filled.issue)
+    assert cost(synthetic(469, "LDS.128 R4, [R1]"), FA3, 90).shared == plain.shared + 8 * 512 / 128
+
+
+def test_wgmma_that_is_waited_for_hides_nothing() -> None:
+    text = "head: HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0\n WARPGROUP.DEPBAR.LE gsb0, 0x0\n"
+    (loop,) = loops(code(text + "MUFU.EX2 R1, R1\n @P0 BRA head\nEXIT"))
+    assert cost(loop, Work(64, 128, 4, (16,)), 90).overlapped == 0.0
+
+
+def test_masked_loops_are_told_by_their_selects() -> None:
+    product, mask = "HMMA.16816.F32 R4, R8, R12, R4\n", "FSEL R1, R1, -INF , P0\n"
+    (full,) = loops(code(f"head: {product}{mask}@P0 BRA head\nEXIT"))
+    (masked,) = loops(code(f"head: {product}{mask * 4}@P0 BRA head\nEXIT"))
+    work = Work(16, 8, 1, (16,))  # four elements a thread
+    assert (cost(full, work, 80).masked, cost(masked, work, 80).masked) == (False, True)
+
+
+def test_blocks_of_an_sm() -> None:
+    assert blocks_per_sm(128, 0, 8, 90) == 2  # registers
+    assert blocks_per_sm(129, 0, 8, 90) == 1  # handed out in units
+    assert blocks_per_sm(32, 113 * 1024, 4, 90) == 2  # shared memory
+    assert blocks_per_sm(32, 114 * 1024, 4, 90) == 1  # with what the system takes
+    assert blocks_per_sm(16, 0, 32, 120) == 1  # 48 warps
+
+
+def line(**changes: str) -> table.Line:
+    blank = dict.fromkeys(table.Line._fields, "")
+    usual = {
+        "language": "cuda", "arch": "sm_90", "kernel": "k", "loop": "full", "shared_bytes": "1024", "registers": "128",
+        "local_in_loops": "0", "per_element": "7.97", "ceiling": "989",
+    }  # fmt: skip
+    return table.Line(**{**blank, **usual, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"local_in_loops": "1"}, "1 local-memory instructions"),
+        ({"per_element": "8.01"}, "8.01 instructions for a score element, was 7.97"),
+        ({"ceiling": "988"}, "988 TFLOP/s"),
+        ({"ceiling": ""}, "unknown TFLOP/s"),
+        ({"shared_bytes": str(228 * 1024)}, "bytes of shared memory"),
+        ({"loop": "masked"}, "no longer there"),
+    ],
+)
+def test_worse_is(changes: dict[str, str], told: str) -> None:
+    (found,) = table.worse([line()], [line(**changes)])
+    assert told in found
+
+
+def test_more_registers_alone_are_not_worse() -> None:
+    assert table.worse([line()], [line(registers="255", per_element="7.5")]) == []
+    assert table.worse([line()], [line(kernel="another", local_in_loops="9")]) == []
+    merged = table.merged([line(), line(kernel="b")], [line(registers="255")])
+    assert [(x.kernel, x.registers) for x in merged] == [("b", "128"), ("k", "255")]
+
+
+def test_the_table_and_its_documents_agree() -> None:
+    kept = table.kept()
+    assert table.from_csv(table.to_csv(kept)) == kept
+    assert len({x.key for x in kept}) == len(kept) > 100
+    assert document.ceilings(kept) == (document.DOCS / "predicted_ceilings.md").read_text()
+    assert document.cuda(kept) == (document.DOCS / "cuda_machine_code.md").read_text()
+
+
+def test_the_table_has_the_tuned_configurations() -> None:
+    from attnfuse.machine import triton_code
+
+    there = {(x.arch, x.kernel) for x in table.kept() if x.language == "triton"}
+    wanted = triton_code.configs((80, 90), ("bf16",), variants=("plain", "causal"))
+    assert {(f"sm_{c.arch}", c.kernel) for c in wanted} <= there
+
+
+def test_the_table_keeps_what_the_project_promises() -> None:
+    hold_to_promises(table.kept())
+
+
+def hold_to_promises(found: list[table.Line]) -> None:
+    """What no compiler may change: see `worse` for what a known one may not."""
+    assert table.worse([], found) == []  # shared memory
+    for x in found:
+        ordinary = x.language == "cuda" or (" bf16 " in x.kernel and not x.kernel.endswith("everything"))
+        if ordinary and any(d in x.kernel for d in (" d64 ", " d128 ", ", 64", ", 128")):
+            assert x.local_in_loops == "0", f"{x.name}: {x.local_in_loops} local-memory instructions"
+        if (x.arch, x.kernel, x.loop) == ("sm_90", "fwd bf16 d128 plain", "full"):
+            assert float(x.per_element) <= 8.0, x.per_element
+
+
+def inspect(*arguments: str) -> list[Any]:
+    """What `attnfuse inspect --json` prints, from a process of its own: this one may run under TRITON_INTERPRET=1."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "attnfuse", "inspect", "--json", *arguments],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith("["), done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def test_compiled_kernels_are_those_of_the_table() -> None:
+    pytest.importorskip("triton")
+    usual = ("--language", "triton", "--dtype", "bf16", "--variant", "plain", "causal")
+    found = inspect(*usual, "--arch", "90", "80", "--head-dim", "64", "128")
+    found += inspect(*usual[:4], "--variant", "plain", "--arch", "100", "120", "--head-dim", "128", "--pass", "fwd")
+    readings = [reading.from_data(data) for data in found]
+    assert [f"{r.name}: {r.error}" for r in readings if r.error] == []
+    assert len(readings) == 26
+    fresh, kept = table.lines(readings), {x.key: x for x in table.kept()}
+    hold_to_promises(fresh)
+    for new in fresh:
+        if new.toolchain == kept[new.key].toolchain:
+            assert new == kept[new.key], "the table is not of these sources: attnfuse inspect --write"
+
+
+def test_a_cubin_is_read_by_its_tile(tmp_path: Path) -> None:
+    """Any machine code: here a kernel of another project's, or of a branch whose tile csrc does not tell."""
+    pytest.importorskip("triton")
+    script = tmp_path / "compile.py"
+    script.write_text(
+        """
+import sys
+import triton
+from attnfuse.machine import triton_code
+triton.runtime.driver.set_active(triton_code.stand_in(90))
+kernel, arguments, constants = triton_code.arguments_of(triton_code.Config(90, "bf16", 64, "fwd", "plain"))
+open(sys.argv[1], "wb").write(kernel.warmup(*arguments, grid=(1,), **constants).asm["cubin"])
+"""
+    )
+    path = tmp_path / "kernel.cubin"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, str(script), str(path)], env=environment, check=True)
+    tile = ("--tile", "128x128", "--warps", "8", "--depths", "64", "64", "--copied", str(2 * 128 * 64 * 2))
+    (found,) = inspect("--object", str(path), *tile, "--shared", "114688")
+    (full,) = [loop for loop in found["loops"] if loop["name"] == "full"]
+    (kept,) = [x for x in table.kept() if x.key == ("triton", "sm_90", "fwd bf16 d64 plain", "full")]
+    assert found["kernel"] == "attn_fwd" and full["tiles"] == 1
+    if "triton " + __import__("triton").__version__ in kept.toolchain:
+        assert f"{full['per_element']:.2f}" == kept.per_element
+        assert f"{full['shared']:.0f}" == kept.shared and full["binding"] == kept.binding
+
+
+def test_what_an_object_needs_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--object", "nowhere.o"]) == 2
+    assert "--tile" in capsys.readouterr().err
+    assert main(["inspect", "--object", str(tmp_path / "nowhere.o"), "--tile", "128x64"]) == 2
+    assert "not there" in capsys.readouterr().err
