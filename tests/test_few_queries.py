@@ -59,7 +59,7 @@ def test_every_case(case, three_splits):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case,dtype", zip(CASES[::3], [torch.bfloat16, torch.float16] * len(CASES)), ids=str)
+@pytest.mark.parametrize("case,dtype", list(zip(CASES[::3], [torch.bfloat16, torch.float16] * len(CASES))), ids=str)
 def test_cases_in_16_bits(case, dtype, three_splits):
     """A third of them, the dtypes in turns: what differs from float32 are the casts of steps that all cases share."""
     check(case, dtype)
