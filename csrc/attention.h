@@ -29,8 +29,6 @@ struct Rows {
 struct SourceParams {
     Rows key;                           // (B, Hkv, Ns, D)
     Rows value;                         // (B, Hkv, Ns, Dv)
-    Rows grad_key;                      // (B, Hkv, Ns, D)   backward only; null = not wanted
-    Rows grad_value;                    // (B, Hkv, Ns, Dv)  backward only; null = not wanted
     const int32_t* lengths = nullptr;   // (B,), clamped to [0, Ns]; null = Ns
     const uint8_t* present = nullptr;   // (B,)
     const uint8_t* key_mask = nullptr;  // (B, Ns) by the two strides that follow
@@ -44,6 +42,12 @@ struct SourceParams {
     int32_t columns = 0;               // Ns
     int32_t left = kUnbounded;         // columns seen behind the row's own
     int32_t right = kUnbounded;        // columns seen ahead of it
+};
+
+// Apart from what the forward needs too: a kernel takes no more than 4096 bytes of params before CUDA 12.1.
+struct BackwardSource : SourceParams {
+    Rows grad_key;    // (B, Hkv, Ns, D); null = not wanted
+    Rows grad_value;  // (B, Hkv, Ns, Dv); null = not wanted
 };
 
 // How the kernels write z in log2 units: z log2(e) = x unit + bias log2(e), with x = q . k and unit = scale log2(e), or
@@ -103,7 +107,7 @@ struct BackwardParams {
     float* sums = nullptr;             // (B, Hq, Nq, S, 2) contiguous: (dz, p) summed over columns; or null
     int64_t delta_source = 0;          // stride of delta's first dimension, 0 where all sources share one
     int32_t rows_padded = 0;
-    SourceParams sources[kMaxSources];
+    BackwardSource sources[kMaxSources];
 };
 
 // What a block of a pass owns, and what it takes for that.

@@ -90,8 +90,9 @@ Shape shape_from(py::handle tuple) {
     return shape;
 }
 
-SourceParams source_from(py::handle tuple) {
-    SourceParams source;
+// The forward's params keep what they have room for: not the gradients.
+BackwardSource source_from(py::handle tuple) {
+    BackwardSource source;
     Items(tuple, "a source", 17)
         .read_all(
             source.key, source.value, source.grad_key, source.grad_value, source.lengths, source.present,

@@ -43,7 +43,7 @@ struct KeyTile {
 // How many blocks a key head of source s needs.
 template <int COLUMNS, Wanted WANTED>
 __host__ __device__ __forceinline__ int key_tiles(const BackwardParams& p, int s) {
-    const SourceParams& source = p.sources[s];
+    const BackwardSource& source = p.sources[s];
     const bool key = WANTED != Wanted::kValue && (source.grad_key.data != nullptr || p.dq_sum != nullptr);
     const bool value = WANTED != Wanted::kKey && source.grad_value.data != nullptr;
     return key || value ? (source.columns + COLUMNS - 1) / COLUMNS : 0;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
         tile_of_source -= key_tiles<Tile::kColumns, WANTED>(p, s);
         ++s;
     }
-    const SourceParams& source = p.sources[s];
+    const BackwardSource& source = p.sources[s];
     const int first_head = b * p.shape.heads + key_head * p.shape.group;
     const int first = tile_of_source * Tile::kColumns;
     const int warp_row = warp_index() * 16, own = warp_row + lane_index() / 4;  // this lane's keys: own and own + 8

@@ -17,6 +17,7 @@ struct ForwardArguments : ForwardParams {
     int32_t tiles = 0;    // of rows, of a head
     int32_t section = 0;  // heads whose keys and values are walked side by side
 };
+static_assert(sizeof(ForwardArguments) <= 4096, "more than a kernel's params may be before CUDA 12.1");
 
 // ROWS rows of one head.
 struct Item {
