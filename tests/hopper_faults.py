@@ -72,6 +72,8 @@ FAULTS = [
           "mbarrier_arrive_expecting(full, Tile::kKeyBytes);", "mbarrier_arrive_expecting(full, Tile::kKeyBytes + 16);"),
     Fault("a box of the query is left out", _FWD,
           "box < Tile::kConsumers * Tile::kBoxes; ++box", "box < Tile::kConsumers * Tile::kBoxes - 1; ++box"),
+    # the launch
+    Fault("tensor maps are made before a device is current", _FWD, "    make_current(shape.device);\n", ""),
     # products and their registers
     Fault("P V is used a group too early", _FWD, "        wgmma_wait<0>(out, weights);\n        release", "        wgmma_wait<1>(out, weights);\n        release"),
     Fault("the scores are used a group too early", _FWD, "wgmma_wait<1>(scores);", "wgmma_wait<2>(scores);"),

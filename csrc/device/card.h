@@ -20,6 +20,10 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
     return value;
 }
 
+// This runtime is linked statically: it does not know which device torch's has made the current one. A thread that has
+// not used CUDA yet gets the device's context here; without one the driver makes no tensor map.
+inline void make_current(int device) { require(cudaSetDevice(device), "no CUDA device to launch on"); }
+
 // 80 for compute capability 8.0.
 inline int compute_capability(int device) {
     return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +

@@ -21,8 +21,7 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, int shared_byte
         throw std::runtime_error(
             "the problem needs " + std::to_string(blocks) + " blocks, a launch takes " + std::to_string(INT32_MAX));
     }
-    // This runtime is linked statically: it does not know which device torch's has made the current one.
-    require(cudaSetDevice(params.shape.device), "no CUDA device to launch on");
+    make_current(params.shape.device);
     if (shared_bytes > 48 * 1024) {
         require(
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),

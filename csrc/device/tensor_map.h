@@ -22,6 +22,7 @@ static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
 // Rows of `dim` 16-bit numbers by three strides in bytes, a box of which is 64 numbers of `box_rows` rows: 128 bytes a
 // row in shared memory, the 16-byte chunk c of row r standing at c ^ r % 8. What is outside the tensor reads as zeros
 // and is not written. sizes (dim, rows, heads, batch) are at least 1; address and strides are multiples of 16 bytes.
+// The thread must have made a device current.
 inline TensorMap encode_tensor_map(
     void* data, const uint64_t (&sizes)[4], const uint64_t (&strides)[3], uint32_t box_rows) {
     using Encode = decltype(&cuTensorMapEncodeTiled);

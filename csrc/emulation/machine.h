@@ -21,6 +21,9 @@ inline int architecture = 80;
 // How many blocks a persistent kernel has.
 inline int multiprocessors = 2;
 
+// Whether this thread of the host has made a device current, without which a driver makes no tensor map.
+inline thread_local bool has_context = false;
+
 // Rows that ldmatrix had to read one after another since the process began.
 inline int64_t bank_conflicts = 0;
 

@@ -645,6 +645,7 @@ void check_launches() {
 }  // namespace
 
 int main() {
+    make_current(0);
     std::vector<selftest::Check> checks = {
         {"indices", check_indices},
         {"shuffle and ballot", check_shuffle_and_ballot},

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "card.h"
 #include "global.h"
 #include "mbarrier.h"
 #include "selftest.h"
@@ -284,6 +285,11 @@ void check_boxes() {
     const uint64_t sizes[4] = {8, 1, 1, 1}, odd[3] = {24, 16, 16};
     uint16_t number[16] = {};
     expect_error([&] { encode_tensor_map(number, sizes, odd, 8); }, {"no driver would make one of"});
+    const uint64_t even[3] = {16, 16, 16};
+    emulation::has_context = false;
+    expect_error([&] { encode_tensor_map(number, sizes, even, 8); }, {"has made no device current"});
+    make_current(0);
+    encode_tensor_map(number, sizes, even, 8);
 }
 
 // Landing: copies to several mbarriers land in any order, late or soon.

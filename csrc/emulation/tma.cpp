@@ -61,6 +61,9 @@ TensorMapFields make_tensor_map(
     for (const uint64_t stride : strides) {
         accepted &= stride % 16 == 0 && stride > 0 && stride < uint64_t{1} << 40;
     }
+    if (!has_context) {
+        fail("a tensor map was asked for in a thread that has made no device current");
+    }
     if (!accepted) {
         fail("a tensor map was asked for of a tensor that no driver would make one of");
     }

@@ -536,6 +536,7 @@ void attn_fwd(const ForwardParams& given, void* stream) {
     using Tile = ForwardTile<D>;
     ForwardArguments p{given};
     const Shape& shape = p.shape;
+    make_current(shape.device);
     p.query_map = map_of(p.query, shape.dim, shape.rows, shape.heads, shape.batch, 64);
     p.out_map = map_of(p.out, shape.value_dim, shape.rows, shape.heads, shape.batch, 64);
     int64_t columns = 0;
