@@ -87,9 +87,12 @@ void with_hopper_dim(int dim_padded, Call call) {
     }
 }
 
-// Whether a tensor map can describe x (batch, heads, rows, .): rows on 16 bytes, and no stride of 0 or from 2^40 bytes.
-bool has_map(const Rows& x, int batch, int heads, int rows) {
-    const auto fits = [](int64_t stride, int count) { return count == 1 || (stride > 0 && stride < int64_t{1} << 39); };
+// Whether a tensor map can describe x (batch, heads, rows, dim): rows on 16 bytes, none that overlap (an expanded or
+// unfolded tensor has such), and no stride from 2^40 bytes.
+bool has_map(const Rows& x, int batch, int heads, int rows, int dim) {
+    const auto fits = [dim](int64_t stride, int count) {
+        return count == 1 || (stride >= dim && stride < int64_t{1} << 39);
+    };
     return x.data != nullptr && x.aligned && fits(x.batch, batch) && fits(x.head, heads) && fits(x.row, rows);
 }
 
@@ -105,14 +108,15 @@ bool on_hopper(const ForwardParams& p) {
     const Shape& shape = p.shape;
     const bool is_allowed = shape.newest == 0 || shape.newest >= 90;
     if (!kHasHopper || !is_allowed || compute_capability(shape.device) != 90 || shape.rows == 0 ||
-        !has_map(p.query, shape.batch, shape.heads, shape.rows) ||
-        !has_map(p.out, shape.batch, shape.heads, shape.rows)) {
+        !has_map(p.query, shape.batch, shape.heads, shape.rows, shape.dim) ||
+        !has_map(p.out, shape.batch, shape.heads, shape.rows, shape.value_dim)) {
         return false;
     }
     for (int s = 0; s < shape.source_count; ++s) {
         const SourceParams& source = p.sources[s];
-        if (source.columns > 0 && !(has_map(source.key, shape.batch, shape.key_heads, source.columns) &&
-                                    has_map(source.value, shape.batch, shape.key_heads, source.columns))) {
+        if (source.columns > 0 &&
+            !(has_map(source.key, shape.batch, shape.key_heads, source.columns, shape.dim) &&
+              has_map(source.value, shape.batch, shape.key_heads, source.columns, shape.value_dim))) {
             return false;
         }
     }

@@ -90,7 +90,7 @@ def test_explain_tells_the_tile_and_the_schedule(dim: int, tile: str) -> None:
 
 
 def test_what_no_tensor_map_describes_runs_in_the_older_kernel() -> None:
-    """The rule of csrc/launchers.cpp: rows on 16 bytes, and no stride of 0."""
+    """The rule of csrc/launchers.cpp: rows on 16 bytes that do not overlap."""
     q, k, v = (some(2, 3, 20, 64) for _ in range(3))
     assert "wgmma" in schedule(q, k, v)
     assert "wgmma" in schedule(q, k, v.transpose(1, 2).contiguous().transpose(1, 2))
@@ -99,12 +99,15 @@ def test_what_no_tensor_map_describes_runs_in_the_older_kernel() -> None:
         (q, k, some(2, 3, 20, 65)[..., 1:]),  # rows off 16 bytes
         (q, k, some(2, 3, 20, 36)),  # no multiple of 8
         (q, one_head.expand(2, 3, 20, 64), v),  # a stride of 0
+        (q, k, some(2, 3, 19 * 32 + 64).unfold(-1, 64, 32)),  # rows that overlap
     ):
         told = schedule(*others)
         assert "mma.sync" in told and "wgmma" not in told
-        out = attnfuse.attention(*others, backend="cuda")
-        exact = torch.nn.functional.scaled_dot_product_attention(*(x.double() for x in others))
-        torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
+        exact = attnfuse.attention(*(x.double() for x in others), backend="reference")
+        ours, theirs = (
+            testing.difference(attnfuse.attention(*others, backend=backend), exact) for backend in ("cuda", "reference")
+        )
+        assert ours <= 2 * theirs + torch.finfo(torch.bfloat16).eps * testing.size(exact)
 
 
 def test_an_older_card_has_the_older_kernel(hopper: Any) -> None:

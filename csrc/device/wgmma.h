@@ -69,23 +69,23 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_LIST_40 \
     WGMMA_LIST_32     \
-        ", "          \
-        "%32, %33, %34, %35, %36, %37, %38, %39"
+    ", "              \
+    "%32, %33, %34, %35, %36, %37, %38, %39"
 #define WGMMA_LIST_56 \
     WGMMA_LIST_40     \
-        ", "          \
-        "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"
+    ", "              \
+    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"
 #define WGMMA_LIST_64 \
     WGMMA_LIST_56     \
-        ", "          \
-        "%56, %57, %58, %59, %60, %61, %62, %63"
-#define WGMMA_LIST_128                                                                                 \
-    WGMMA_LIST_64                                                                                      \
-        ", "                                                                                           \
-        "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
-        "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
-        "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-        "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+    ", "              \
+    "%56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA_LIST_128                                                                             \
+    WGMMA_LIST_64                                                                                  \
+    ", "                                                                                           \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "             \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "             \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define WGMMA_D_8(n)                                                                                            \
     WGMMA_D(n), WGMMA_D(n + 1), WGMMA_D(n + 2), WGMMA_D(n + 3), WGMMA_D(n + 4), WGMMA_D(n + 5), WGMMA_D(n + 6), \
@@ -107,7 +107,7 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
 #define WGMMA_DECLARE(N, REGISTERS, I0, I1, I2, I3, I4, I5)                                                       \
     template <typename T>                                                                                         \
     __device__ __forceinline__ void wgmma(                                                                        \
-        float(&d)[N / 8][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {                           \
+        float (&d)[N / 8][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {                          \
         if constexpr (std::is_same_v<T, bf16>) {                                                                  \
             WGMMA_PRODUCT(N, "bf16.bf16", REGISTERS, I0, I1, I2, "0, 0", "l"(a), "l"(b));                         \
         } else {                                                                                                  \
@@ -116,7 +116,7 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
     }                                                                                                             \
     template <typename T>                                                                                         \
     __device__ __forceinline__ void wgmma_transposed(                                                             \
-        float(&d)[N / 8][4], uint32_t(&a)[4], MatrixDescriptor b, bool accumulate) {                              \
+        float (&d)[N / 8][4], uint32_t (&a)[4], MatrixDescriptor b, bool accumulate) {                            \
         if constexpr (std::is_same_v<T, bf16>) {                                                                  \
             WGMMA_PRODUCT(                                                                                        \
                 N, "bf16.bf16", REGISTERS, "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, "1", "r"(a[0]), "r"(a[1]), \

@@ -1,6 +1,6 @@
-// Micro-programs for what sm_90 does asynchronously: each right once against plain loops, under several seeds, then each
-// with one thing wrong that must be reported.
-// Reports are compared with the lines they must name, so nothing may move a statement to another line.
+// Micro-programs for what sm_90 does asynchronously: each right once against plain loops, under several seeds, then
+// each with one thing wrong that must be reported. Reports are compared with the lines they must name, so nothing may
+// move a statement to another line.
 // clang-format off
 #include <cmath>
 #include <numeric>

@@ -263,7 +263,8 @@ void compute(Warp& warp, const Product& product) {
         const int first = 16 * (thread.index / 32 % 4);
         for (int row = 0; row < 16; ++row) {
             for (int k = 0; k < 16; k += 8) {
-                read_numbers<T>(reinterpret_cast<float(&)[8]>(a[row][k]), shared.bytes_at(along_k(at, first + row, k)));
+                read_numbers<T>(
+                    reinterpret_cast<float (&)[8]>(a[row][k]), shared.bytes_at(along_k(at, first + row, k)));
             }
         }
     }
