@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import attnfuse
-from attnfuse import Source, testing
+from attnfuse import Source, dispatch, testing
 from attnfuse.backends import reference, triton
+from attnfuse.bench import peers
+from attnfuse.bench.workloads import make_inputs, parse_shape
 from attnfuse.problem import BoundSource, bind
 from attnfuse.testing import SourceCase
 from attnfuse.triton_kernels import tuning
@@ -201,6 +203,21 @@ def test_nothing_on_one_side_gives_zeros(rows, keys, one_pass):
     key, value, _, _ = found.sources[0]
     assert one_pass.taken == 1 and found.query.shape == problem.query.shape
     assert not found.query.any() and not key.any() and not value.any()
+
+
+@interpreted
+def test_bench_offers_it_as_a_peer(monkeypatch):
+    """By the reference's gradients, and without the dq pass."""
+    monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
+    monkeypatch.setattr(triton, "_dq", None)
+    inputs = make_inputs(parse_shape("b=1,h=2,q=20,k=30,d=16"), torch.float32, DEVICE)
+    (out,) = peers.peers()[peers.ONE_PASS].prepare(inputs)()
+    tensors = [inputs.queries[0], inputs.keys[0], inputs.values[0]]
+    expected = attnfuse.attention(*tensors, backend="reference")
+    pairs = zip(*(torch.autograd.grad(x.sin().sum(), tensors) for x in (out, expected)))
+    for found, right in pairs:
+        torch.testing.assert_close(found, right)
+    assert peers.ONE_PASS not in peers.default_peers("cuda", False)
 
 
 # Planted faults: file, the text that stands there exactly once, what takes its place, the case that sees it.
