@@ -91,8 +91,8 @@ def _family(arch: int) -> int:
 
 
 # Where the plain backward takes one pass ("dkdv1") of itself: {(architecture, padded head dim)}, 16 bit and not heavy.
-# The model sees 0 to 12 % less time at 64 and 128 (bench/notes.md) and does not know how fast the second-level cache adds; two
-# passes give the same bits every time. So a pair is entered when a GPU has shown it to be faster:
+# At 64 and 128 the model sees 0 to 12 % less time in it (bench/notes.md) and does not know how fast the second-level
+# cache adds; two passes give the same bits every time. So a pair is entered when a GPU has shown it to be faster:
 # `attnfuse bench --against attnfuse-triton --against attnfuse-triton-onepass`.
 ONE_PASS: frozenset[tuple[int, int]] = frozenset()
 

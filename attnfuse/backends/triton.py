@@ -135,6 +135,16 @@ def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
     return Plan(found, told)
 
 
+def few_refuses(problem: Problem, need_pairs: bool) -> str | None:
+    """Why the query-stationary backward cannot serve the problem at all; None if it can."""
+    packed, most = problem.group * problem.query.shape[2], _few_tile(problem, "few").block_m
+    if packed > most:
+        return f"{packed} rows (queries times query heads per key head) are more than a tile's {most}"
+    if need_pairs:
+        return "the gradient of a float mask needs delta before the keys are read"
+    return None
+
+
 def plan_passes(problem: Problem, needs: Sequence[bool], wanted: bool | None = None) -> tuple[bool, str]:
     """Whether the plain backward adds dq up beside dk and dv in one pass, and why.
 
@@ -182,16 +192,6 @@ def _every_need(problem: Problem) -> list[bool]:
         x is not None and x.is_floating_point() and (x.requires_grad or all(x is not mask for mask in masks))
         for x in problem.tensors()
     ]
-
-
-def few_refuses(problem: Problem, need_pairs: bool) -> str | None:
-    """Why the query-stationary backward cannot serve the problem at all; None if it can."""
-    packed, most = problem.group * problem.query.shape[2], _few_tile(problem, "few").block_m
-    if packed > most:
-        return f"{packed} rows (queries times query heads per key head) are more than a tile's {most}"
-    if need_pairs:
-        return "the gradient of a float mask needs delta before the keys are read"
-    return None
 
 
 def _trains_a_mask(problem: Problem) -> bool:
