@@ -11,7 +11,9 @@ import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,9 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnfuse
 from attnfuse import Source, Stream, dispatch
+from attnfuse.backends import triton
 from attnfuse.bench.workloads import Inputs, Workload
 
 Call = Callable[[], list[Tensor]]
+ONE_PASS = "attnfuse-triton-onepass"
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Peer:
 def peers() -> dict[str, Peer]:
     """Every peer by its name; whether it can run is for its `why_not` to say."""
     found = [_attnfuse("attnfuse", None), *(_attnfuse(f"attnfuse-{name}", name) for name in ("cuda", "triton"))]
+    found.append(_one_pass())
     found.append(Peer("torch", "torch", lambda workload, device: None, lambda inputs: _sdpa(inputs, None)))
     paths = {
         "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -73,7 +78,7 @@ def default_peers(device: str, quick: bool) -> list[str]:
     if device == "cpu":
         return ["attnfuse", "torch", "torch-math"]
     quick_ones = ["attnfuse", "torch", "torch-flash", "torch-cudnn"]
-    return quick_ones if quick else [name for name in peers() if name != "torch-math"]
+    return quick_ones if quick else [name for name in peers() if name not in ("torch-math", ONE_PASS)]
 
 
 def _attnfuse(name: str, backend: str | None) -> Peer:
@@ -104,6 +109,21 @@ def _attnfuse(name: str, backend: str | None) -> Peer:
         return joint if len(w.queries) > 1 else several if len(w.keys) > 1 else alone
 
     return Peer(name, "attnfuse", why_not, prepare)
+
+
+def _one_pass() -> Peer:
+    """The Triton backend with its plain backward in one pass, for a GPU to say what `tuning.ONE_PASS` should hold."""
+    plain = _attnfuse(ONE_PASS, "triton")
+
+    def prepare(inputs: Inputs) -> Call:
+        module = ModuleType(ONE_PASS)
+        for name in ("available", "rejects", "describe", "forward"):
+            setattr(module, name, getattr(triton, name))
+        setattr(module, "backward", partial(triton.backward, one_pass=True))  # noqa: B010  (mypy: no such attribute)
+        dispatch.BACKENDS[ONE_PASS] = module
+        return _attnfuse(ONE_PASS, ONE_PASS).prepare(inputs)
+
+    return Peer(ONE_PASS, "attnfuse", plain.why_not, prepare)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -297,7 +297,7 @@ def test_compiled_kernels_are_those_of_the_table() -> None:
     found += inspect(*usual[:4], "--variant", "plain", "--arch", "100", "120", "--head-dim", "128", "--pass", "fwd")
     readings = [reading.from_data(data) for data in found]
     assert [f"{r.name}: {r.error}" for r in readings if r.error] == []
-    assert len(readings) == 26
+    assert len(readings) == 34
     fresh, kept = table.lines(readings), {x.key: x for x in table.kept()}
     hold_to_promises(fresh)
     for new in fresh:

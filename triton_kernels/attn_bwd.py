@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 """Backward in two passes, each of which owns what it writes: the same bits every time (only the gradient
-of a mask that broadcasts is added up with atomics).
+of a mask that broadcasts is added up with atomics). Or in one, which adds up dq with atomics beside dk and dv.
 
     p = e^(z - lse);  dp = dropout(dout . v);  dz = p (dp - delta_s);  ds = dz (1 - tanh^2)
     delta_s = sum(dout out) - dlse - g_s + sum_t mass_t g_t          g = the gradient of mass
@@ -12,6 +12,10 @@ Grids, each one axis of tiles * heads * B, tiles fastest:
     attn_bwd_dq      a program owns BLOCK_M rows of one head and walks all sources, as the forward does
     attn_bwd_dkdv    launched once a source: a program owns BLOCK_N keys of one key head, and walks the rows of every
                      query head of its group; tiles are transposed, (keys, rows), so that p and ds are left operands
+
+With `dq_sum` (one pass) attn_bwd_dkdv takes the place of attn_bwd_dq too: each tile's ds^T k is added to the rows of
+dq_sum in memory (Dao, FlashAttention-2, arXiv:2307.08691), five products a tile instead of seven, and q, dout, k and v
+are read by one kernel. Sums over a row it does not make: they would be atomics as well.
 
                rows ->                    . masked     # full, nothing is looked at     blank: not visited
       keys   # # # # # .                  rows past Nq, and dead rows (lse -inf), are read as 0 with
@@ -240,14 +244,26 @@ def add_pairs_gradient(grad_pairs, dz, b, h, i, j, rows, columns, SUM_I: tl.cons
 
 
 @triton.jit
+def add_rows(ptr, start, N: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, x):
+    """x (D_PAD, N), transposed, added to rows start .. start + N, all of which are there, of a dense (., D) matrix."""
+    n = tl.arange(0, N)
+    d = tl.arange(0, D_PAD)
+    at = ptr + tl.cast(start, tl.int64) * D + (n[None, :] * D + d[:, None])
+    if D == D_PAD:
+        tl.atomic_add(at, x, sem="relaxed")
+    else:
+        tl.atomic_add(at, x, mask=tl.broadcast_to((d < D)[:, None], (D_PAD, N)), sem="relaxed")
+
+
+@triton.jit
 def dkdv_tile(
-    dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, source, shared, bias, slope, offset,
-    columns_seen, b, h, j, start, s, length,
+    dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, dq_sum, source, shared, bias, slope,
+    offset, columns_seen, b, h, j, start, s, length,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
     SOURCES: tl.constexpr, SUM_I: tl.constexpr, SUM_J: tl.constexpr, ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add rows start .. start + BLOCK_M of head h to dk and dv."""
+    """Add rows start .. start + BLOCK_M of head h to dk and dv; and, unless it is None, their dq of k to dq_sum."""
     FOLDS: tl.constexpr = folds(source, shared, slope)
     i = start + tl.arange(0, BLOCK_M)
     at = (tl.cast(b, tl.int64) * shared.heads + h) * shared.rows + i
@@ -291,18 +307,28 @@ def dkdv_tile(
         dz = dz * slack
         if MASKED:
             dz = tl.where(seen, dz, 0.0)
-    dk = dot(dz.to(q.dtype), q, dk, PRECISION)
+    ds = dz.to(q.dtype)
+    dk = dot(ds, q, dk, PRECISION)
+    if dq_sum is not None:
+        if MASKED:
+            if source.pairs is not None:
+                # A key that no row of the tile sees may hold NaN, and 0 * NaN is NaN.
+                k = tl.where((tl.max(seen.to(tl.int32), 1) != 0)[:, None], k, 0.0)
+        dq = dot(tl.trans(k), ds, None, PRECISION)  # (D_PAD, BLOCK_M), of which wgmma can make use: 64 rows at least
+        add_rows(base(dq_sum, b, h), start, BLOCK_M, D, D_PAD, dq)
     return dk, dv
 
 
 @triton.jit
 def attn_bwd_dkdv(
-    query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_key, grad_value, grad_pairs, source, shared, scale, tiles, s,
+    query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_key, grad_value, grad_pairs, dq_sum, source, shared, scale,
+    tiles, s,
     D: tl.constexpr, DV: tl.constexpr, D_PAD: tl.constexpr, DV_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SOURCES: tl.constexpr,
     SUM_I: tl.constexpr, SUM_J: tl.constexpr, ATOMIC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_key (B, Hkv, Ns, D) and grad_value (B, Hkv, Ns, Dv) of source s, and its mask's gradient unless None."""
+    """grad_key (B, Hkv, Ns, D) and grad_value (B, Hkv, Ns, Dv) of source s; unless None, its mask's gradient, and
+    sum_j ds k (not scaled) added to dq_sum (B, Hq, Nq up to a multiple of BLOCK_M, D), float32, at first zeros."""
     program = tl.program_id(0)
     first = program % tiles * BLOCK_N
     key_heads = shared.heads // shared.group
@@ -313,7 +339,15 @@ def attn_bwd_dkdv(
     offset = source_offset(source, b)
     lo, full_lo, full_hi, hi = row_range(source, length, offset, shared.rows, first, BLOCK_N, BLOCK_M)
 
-    columns_seen = seen_columns(source, b, j, 0, length)
+    begin = 0
+    end = length
+    if dq_sum is not None:
+        # A key that no row sees may hold NaN, and ds^T k would take it to every row as 0 * NaN.
+        if source.right is not None:
+            end = tl.minimum(end, shared.rows + offset + source.right)
+        if source.left is not None:
+            begin = offset - source.left
+    columns_seen = seen_columns(source, b, j, begin, end)
     k = load_rows(base(source.key, b, hkv), source.key.row, first, BLOCK_N, D, D_PAD, columns_seen)
     v = load_rows(base(source.value, b, hkv), source.value.row, first, BLOCK_N, DV, DV_PAD, columns_seen)
     dk = tl.zeros((BLOCK_N, D_PAD), tl.float32)
@@ -325,22 +359,22 @@ def attn_bwd_dkdv(
         if source.right is not None:
             for start in range(lo, tl.minimum(full_lo, hi), BLOCK_M):
                 dk, dv = dkdv_tile(
-                    dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, source, shared, bias,
-                    slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
-                    SUM_I, SUM_J, ATOMIC, PRECISION, True,
+                    dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, dq_sum, source, shared,
+                    bias, slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M,
+                    SOURCES, SUM_I, SUM_J, ATOMIC, PRECISION, True,
                 )  # fmt: skip
         if source.key_mask is None and source.pairs is None:
             for start in range(full_lo, full_hi, BLOCK_M):
                 dk, dv = dkdv_tile(
-                    dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, source, shared, bias,
-                    slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
-                    SUM_I, SUM_J, ATOMIC, PRECISION, False,
+                    dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, dq_sum, source, shared,
+                    bias, slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M,
+                    SOURCES, SUM_I, SUM_J, ATOMIC, PRECISION, False,
                 )  # fmt: skip
         for start in range(full_hi, hi, BLOCK_M):
             dk, dv = dkdv_tile(
-                dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, source, shared, bias,
-                slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M, SOURCES,
-                SUM_I, SUM_J, ATOMIC, PRECISION, True,
+                dk, dv, k, v, query, grad_out, lse_ptr, delta_ptr, grad_mass, grad_pairs, dq_sum, source, shared,
+                bias, slope, offset, columns_seen, b, h, j, start, s, length, D, DV, D_PAD, DV_PAD, BLOCK_M,
+                SOURCES, SUM_I, SUM_J, ATOMIC, PRECISION, True,
             )  # fmt: skip
     store_rows(base(grad_key, b, hkv), grad_key.row, first, BLOCK_N, D, D_PAD, source.columns, dk * scale)
     store_rows(base(grad_value, b, hkv), grad_value.row, first, BLOCK_N, DV, DV_PAD, source.columns, dv)

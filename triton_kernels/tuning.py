@@ -40,6 +40,12 @@ _HALF = {
         256: {"fwd": Tile(128, 64, 8, 2), "dq": Tile(64, 64, 8, 1), "dkdv": Tile(64, 64, 8, 1)},
     },
 }
+# The key-stationary pass that adds up dq too ("dkdv1"), 16 bit: {family: {padded head dim: tile}}.
+_ONE_PASS = {
+    80: {64: Tile(32, 64, 4, 2), 128: Tile(16, 64, 4, 2), 256: Tile(16, 64, 8, 1)},
+    90: {64: Tile(64, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
+    100: {64: Tile(64, 128, 8, 2), 128: Tile(64, 128, 8, 2), 256: Tile(32, 64, 8, 1)},
+}
 # float32 runs on FMA units under "ieee": small tiles, operands pass through registers.
 _SINGLE = {
     64: {"fwd": Tile(32, 32, 8, 1), "dq": Tile(32, 32, 8, 1), "dkdv": Tile(32, 32, 8, 1)},
@@ -60,20 +66,40 @@ def padded(dim: int) -> int:
 
 
 def tile(arch: int, dtype: torch.dtype, head_dim: int, pass_: str, heavy: bool = False) -> Tile:
-    """The tile of `pass_` ("fwd", "dq" or "dkdv") on `arch` (80, 90, ...; INTERPRETER; any other: generic).
+    """The tile of `pass_` on `arch` (80, 90, ...; INTERPRETER; any other: generic).
 
+    pass_: "fwd", "dq", "dkdv", or "dkdv1", which is dkdv that adds up dq too.
     heavy: some source has an (i, j) mask, or there is dropout or a softcap.
     """
     if arch == INTERPRETER:
-        return Tile(32, 16, 4, 1) if pass_ == "fwd" else Tile(16, 32, 4, 1)
+        return {"fwd": Tile(32, 16, 4, 1), "dkdv1": Tile(32, 32, 4, 1)}.get(pass_, Tile(16, 32, 4, 1))
     bucket = max(64, padded(head_dim))
+    if pass_ == "dkdv1":
+        if dtype != torch.float32 and not heavy:
+            return _ONE_PASS[_family(arch)][bucket]
+        pass_ = "dkdv"
     if dtype == torch.float32:
         return _SINGLE[bucket][pass_]
     if heavy:
         return _HEAVY[bucket][pass_]
+    return _HALF[_family(arch)][bucket][pass_]
+
+
+def _family(arch: int) -> int:
     # sm_120 has sm_80's instructions; what is not known is served as the oldest.
-    family = 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
-    return _HALF[family][bucket][pass_]
+    return 90 if arch == 90 else 100 if 100 <= arch < 120 else 80
+
+
+# Where the plain backward takes one pass ("dkdv1") of itself: {(architecture, padded head dim)}, 16 bit and not heavy.
+# At 64 and 128 the model sees 0 to 12 % less time in it (bench/notes.md) and does not know how fast the second-level
+# cache adds; two passes give the same bits every time. So a pair is entered when a GPU has shown it to be faster:
+# `attnfuse bench --against attnfuse-triton --against attnfuse-triton-onepass`.
+ONE_PASS: frozenset[tuple[int, int]] = frozenset()
+
+
+def one_pass(arch: int, dtype: torch.dtype, head_dim: int, heavy: bool = False) -> bool:
+    """Whether the backward adds dq up by atomics where nothing (see backends/triton.py) stands against it."""
+    return (arch, max(64, padded(head_dim))) in ONE_PASS and dtype != torch.float32 and not heavy
 
 
 def described(arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, heavy: bool = False) -> bool:

@@ -65,8 +65,13 @@ def rejects(problem: Problem) -> str | None:
 def describe(problem: Problem) -> str:
     """The path and the tiles a call would use, for `explain`; the backward as if every gradient were asked for."""
     ahead, back = plan_forward(problem), plan_backward(problem, _trains_a_mask(problem))
+    walks: tuple[str, ...] = ("dq", "dkdv")
+    if not back.splits:
+        together, why = plan_passes(problem, _every_need(problem))
+        walks = ("dkdv1",) if together else walks
+        back = back._replace(why=f"{back.why}, {why}")
     told = []
-    for name, plan, few, passes in (("forward", ahead, "split", ("fwd",)), ("backward", back, "few", ("dq", "dkdv"))):
+    for name, plan, few, passes in (("forward", ahead, "split", ("fwd",)), ("backward", back, "few", walks)):
         tiles = [(few, _few_tile(problem, few))] if plan.splits else [(p, _tile(problem, p)) for p in passes]
         shapes = [f"{p} {t.block_m}x{t.block_n}, {t.num_warps} warps, {t.num_stages} stages" for p, t in tiles]
         told.append(f"{name}: {plan.why}; tiles {'; '.join(shapes)}")
@@ -146,6 +151,55 @@ def few_refuses(problem: Problem, need_pairs: bool) -> str | None:
     if need_pairs:
         return "the gradient of a float mask needs delta before the keys are read"
     return None
+
+
+def plan_passes(problem: Problem, needs: Sequence[bool], wanted: bool | None = None) -> tuple[bool, str]:
+    """Whether the plain backward adds dq up beside dk and dv in one pass, and why.
+
+    Two passes give the same bits every time and stay wherever `tuning.ONE_PASS` does not name the architecture and head
+    dim. One pass takes 5 products a tile instead of 7 and 4 B Hq Nq D bytes for the sum.
+    needs: as in `backward`. wanted: in the place of what `tuning` says.
+    """
+    from ..triton_kernels.tuning import one_pass
+
+    if wanted is None:
+        query = problem.query
+        dim = max(query.shape[3], problem.value_dim)
+        wanted = one_pass(_kind(problem), query.dtype, dim, _heavy(problem))
+    if not wanted:
+        return False, "two passes, on this GPU one has not been seen to be faster"
+    reason = one_pass_refuses(problem, needs)
+    return (True, "one pass, dq is added up by atomics") if reason is None else (False, f"two passes, {reason}")
+
+
+def one_pass_refuses(problem: Problem, needs: Sequence[bool]) -> str | None:
+    """Why dq cannot be added up beside dk and dv, or should not; None if it can."""
+    need_query, need_slopes, need_sinks, need_sources = _told_apart(problem, needs)
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch asks for deterministic algorithms"
+    if need_slopes or need_sinks or any(need[2] or need[3] for need in need_sources):
+        return "the gradients of slopes, sinks, biases and float masks need sums over whole rows"
+    if not need_query or not all(need[0] or need[1] for need in need_sources):
+        return "not both the query's and every source's gradients are asked for"
+    return None
+
+
+def _told_apart(problem: Problem, needs: Sequence[bool]) -> tuple[bool, bool, bool, list[Sequence[bool]]]:
+    """query, slopes, sinks, and (key, value, mask, bias) of each source, of a list aligned with Problem.tensors()."""
+    need_query, need_slopes, need_sinks, _, *rest = needs
+    width = len(BoundSource.TENSORS)
+    return need_query, need_slopes, need_sinks, [
+        rest[s * width : s * width + 4] for s in range(len(problem.sources))
+    ]  # fmt: skip
+
+
+def _every_need(problem: Problem) -> list[bool]:
+    """`needs` where every gradient is asked for, but of masks only that of those that are trained."""
+    masks = [source.attn_mask for source in problem.sources]
+    return [
+        x is not None and x.is_floating_point() and (x.requires_grad or all(x is not mask for mask in masks))
+        for x in problem.tensors()
+    ]
 
 
 def _trains_a_mask(problem: Problem) -> bool:
@@ -249,15 +303,15 @@ def backward(
     needs: Sequence[bool],
     *,
     splits: int | None = None,
+    one_pass: bool | None = None,
 ) -> Gradients:
     """The gradients that `needs` (aligned with Problem.tensors()) asks for.
 
     splits: 0 takes the plain kernels, more splits the keys so many ways wherever `few_refuses` has no objection; None
     leaves it to `plan_backward`.
+    one_pass: what the plain kernels do wherever `one_pass_refuses` has no objection; None leaves it to `plan_passes`.
     """
-    need_query, need_slopes, need_sinks, _, *rest = needs
-    width = len(BoundSource.TENSORS)
-    need_sources = [rest[s * width : s * width + 4] for s in range(len(problem.sources))]
+    need_query, need_slopes, need_sinks, need_sources = _told_apart(problem, needs)
     grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     lse = lse.contiguous()  # the kernels count its rows; whoever kept it may have laid it out anew
     grad_lse = None if grad_lse is None else grad_lse.to(torch.float32).contiguous()
@@ -266,7 +320,7 @@ def backward(
 
     # Where dz is summed over a whole row, the rounding of a 16-bit `out` inside delta no longer averages out.
     exact = need_slopes or need_sinks or any(need[2] or need[3] for need in need_sources)
-    query, sums, far_sums, slopes = None, None, None, None
+    query, sums, far_sums, slopes, dq_sum = None, None, None, None, None
     columns: list[tuple[Tensor | None, Tensor | None]] | None = None
     need_any_pairs = any(need[2] for need in need_sources)
     if splits is None:
@@ -278,6 +332,10 @@ def backward(
         query, columns, sums, far_sums = _few(
             problem, splits, lse, delta, grad_out, grad_mass, need_query, need_columns, exact, need_slopes
         )
+    elif plan_passes(problem, needs, one_pass)[0]:
+        batch, heads, rows, dim = problem.query.shape
+        block_m = _tile(problem, "dkdv1").block_m  # rows past the last are added too, as zeros
+        dq_sum = lse.new_zeros(batch, heads, -(-rows // block_m) * block_m, dim)
     elif need_query or exact:
         query, sums, far_sums = _dq(problem, lse, delta, grad_out, grad_mass, exact, need_slopes)
     if sums is not None:
@@ -291,12 +349,15 @@ def backward(
         if columns is not None:
             key, value = columns[s]
         elif need_key or need_value or need_pairs:
-            key, value, pairs = _dkdv(problem, s, lse, delta, grad_out, grad_mass, need_pairs)
+            key, value, pairs = _dkdv(problem, s, lse, delta, grad_out, grad_mass, need_pairs, dq_sum)
         bias = None
         if need_this_bias:
             assert sums is not None
             bias = sums[..., s].sum(-1)
         sources.append((key if need_key else None, value if need_value else None, pairs, bias))
+    if dq_sum is not None:
+        query = empty_rows(problem.query)
+        torch.mul(dq_sum[:, :, : query.shape[2]], problem.scale, out=query)
     return Gradients(
         query if need_query else None,
         slopes,
@@ -371,8 +432,13 @@ def _dkdv(
     grad_out: Tensor,
     grad_mass: Tensor | None,
     need_pairs: bool,
+    dq_sum: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of source s: key, value and, if asked for, its (i, j) mask."""
+    """The gradients of source s: key, value and, if asked for, its (i, j) mask.
+
+    dq_sum (B, Hq, Nq up to a multiple of the tile's rows, D) float32: unless None, the source's part of the query's
+    gradient is added to it, not scaled.
+    """
     from ..triton_kernels.attn_bwd import attn_bwd_dkdv
 
     source, query = problem.sources[s], problem.query
@@ -390,15 +456,15 @@ def _dkdv(
             sum_i, sum_j, atomic = lost[2], lost[3], any(lost)
     batch, key_heads, columns, _ = key.shape
     if batch * key_heads * columns > 0:
-        t = _tile(problem, "dkdv")
+        t = _tile(problem, "dkdv" if dq_sum is None else "dkdv1")
         tiles = -(-columns // t.block_n)
         with on_device_of(query):
             attn_bwd_dkdv[(tiles * batch * key_heads,)](
                 _strided(query), _strided(grad_out), lse, delta, grad_mass, _strided(grad_key), _strided(grad_value),
-                None if grad_pairs is None else _pairs(grad_pairs), _source(source), _shared(problem), problem.scale,
-                tiles, s, **_dims(problem), BLOCK_M=t.block_m, BLOCK_N=t.block_n, SOURCES=len(problem.sources),
-                SUM_I=sum_i, SUM_J=sum_j, ATOMIC=atomic, PRECISION=_precision(query),
-                num_warps=t.num_warps, num_stages=t.num_stages,
+                None if grad_pairs is None else _pairs(grad_pairs), None if dq_sum is None else _strided(dq_sum),
+                _source(source), _shared(problem), problem.scale, tiles, s, **_dims(problem), BLOCK_M=t.block_m,
+                BLOCK_N=t.block_n, SOURCES=len(problem.sources), SUM_I=sum_i, SUM_J=sum_j, ATOMIC=atomic,
+                PRECISION=_precision(query), num_warps=t.num_warps, num_stages=t.num_stages,
             )  # fmt: skip
     if grad_pairs is None or mask is None:
         return grad_key, grad_value, None

@@ -16,7 +16,7 @@ from attnfuse.cli import table
 if TYPE_CHECKING:
     from attnfuse.machine.reading import Reading
 
-PASSES = ("fwd", "dq", "dkdv", "rows")
+PASSES = ("fwd", "dq", "dkdv", "dkdv1", "rows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from .sass import functions, printed
 ARCHS = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_DIMS = (64, 96, 128, 256)
-PASSES = ("fwd", "dq", "dkdv")
+PASSES = ("fwd", "dq", "dkdv", "dkdv1")  # dkdv1: dkdv that adds up dq too
 # plain: no mask at all; causal: a causal mask; everything: every feature of the contract, on two sources.
 VARIANTS = ("plain", "causal", "everything")
 SOURCE = Path(__file__).parent.parent / "triton_kernels"
@@ -123,9 +123,9 @@ def _read(config: Config) -> Reading:
         compiled = kernel.warmup(*arguments, grid=(1,), **constants)
         (function,) = functions(compiled.asm["cubin"])
         # fwd and dq walk keys and values, dkdv queries and gradients of the output.
-        walked = t.block_m if config.pass_ == "dkdv" else t.block_n
+        walked = t.block_m if config.pass_.startswith("dkdv") else t.block_n
         copied = 2 * walked * padded(config.head_dim) * DTYPES[config.dtype].itemsize
-        depths = (config.head_dim,) * {"fwd": 2, "dq": 3, "dkdv": 4}[config.pass_]
+        depths = (config.head_dim,) * {"fwd": 2, "dq": 3, "dkdv": 4, "dkdv1": 5}[config.pass_]
         work = Work(t.block_m, t.block_n, t.num_warps, depths, copied, compiled.metadata.shared)
         reading = read_function(function, work, "triton", config.arch, config.kernel, made_by, shape)
         if reading.shared > SHARED_LIMIT[config.arch] * 1024:
@@ -188,8 +188,9 @@ def arguments_of(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
         return attn_bwd_dq, [
             strided(), strided(), f32, f32, mass, strided(), mass, mass, sources, shared, 0.125, 32,
         ], constants  # fmt: skip
-    grad_pairs = Strided(f32, 0, 0, 4096, 16) if everything else None
-    constants |= {"SUM_I": False, "SUM_J": False, "ATOMIC": everything}
+    grad_pairs = Strided(f32, 0, 0, 4096, 16) if everything and config.pass_ == "dkdv" else None
+    constants |= {"SUM_I": False, "SUM_J": False, "ATOMIC": grad_pairs is not None}
+    dq_sum = strided(torch.float32) if config.pass_ == "dkdv1" else None
     return attn_bwd_dkdv, [
-        strided(), strided(), f32, f32, mass, strided(), strided(), grad_pairs, source, shared, 0.125, 32, 0,
+        strided(), strided(), f32, f32, mass, strided(), strided(), grad_pairs, dq_sum, source, shared, 0.125, 32, 0,
     ], constants  # fmt: skip
