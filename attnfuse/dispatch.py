@@ -19,6 +19,14 @@ def load(name: str) -> Any:
     return BACKENDS[name]
 
 
+def order(problem: Problem) -> tuple[str, ...]:
+    """The backends in the order they are tried; Triton before CUDA for few queries and long keys, which it splits."""
+    names = ORDER.get(problem.query.device.type, ("reference",))
+    if names[0] == "cuda" and triton.are_few(problem):
+        return ("triton", *(name for name in names if name != "triton"))
+    return names
+
+
 def choose(problem: Problem, backend: str | None) -> str:
     """The name of the backend that runs `problem`; a named backend that cannot raises RuntimeError with its reason."""
     if backend is not None:
@@ -28,7 +36,7 @@ def choose(problem: Problem, backend: str | None) -> str:
             raise RuntimeError(f"backend {backend!r} cannot serve this call: {reason}")
         return backend
     reasons = []
-    for name in ORDER.get(problem.query.device.type, ("reference",)):
+    for name in order(problem):
         module = load(name)
         reason = module.available() or module.rejects(problem)
         if reason is None:

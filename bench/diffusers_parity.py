@@ -234,7 +234,7 @@ def counted() -> Iterator[list[int]]:
         calls[0] += 1
         return original(*args)
 
-    functional._run = run
+    functional._run = run  # type: ignore[assignment]
     try:
         yield calls
     finally:
@@ -283,7 +283,7 @@ class Row:
 
 def compare(spec: Model, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> list[Row]:
     """Every quantity of `spec` within its budget, or not, for each dtype."""
-    native = spec.build()
+    native: Any = spec.build()
     ours = copy.deepcopy(native)
     native.set_attention_backend("native")
     exact = run(native, spec, torch.float64)

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusion_layers import ALONE, LAYERS, build
-from fusion_report import Row, choose, draw_layers, draw_training, picture, read, tables, write
 from torch import Tensor, nn
 
+from attnfuse.bench.fusion_layers import ALONE, LAYERS, build
+from attnfuse.bench.fusion_report import Row, choose, draw_layers, draw_training, picture, read, tables, write
 from attnfuse.cli.demo import (
     AUDIO_RANGE,
     CONDITIONS,

@@ -6,10 +6,13 @@ The bound is on the difference under no_grad: at most 25 microseconds over F.sca
 """
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import attnfuse
 
@@ -18,25 +21,25 @@ CALLS = {"torch": F.scaled_dot_product_attention, "attnfuse": attnfuse.attention
 
 
 @pytest.fixture
-def tiny():
+def tiny() -> Tensor:
     return torch.randn(1, 1, 4, 8)
 
 
 @pytest.mark.benchmark(group="overhead")
 @pytest.mark.parametrize("name", CALLS)
-def test_call(benchmark, tiny, name):
+def test_call(benchmark: Any, tiny: Tensor, name: str) -> None:
     with torch.no_grad():
         benchmark.pedantic(CALLS[name], (tiny, tiny, tiny), rounds=200, iterations=100, warmup_rounds=20)
 
 
-def microseconds(call, x, calls=500):
+def microseconds(call: Callable[..., Any], x: Tensor, calls: int = 500) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         call(x, x, x)
     return (time.perf_counter() - start) / calls * 1e6
 
 
-def test_the_difference_is_within_the_bound(tiny):
+def test_the_difference_is_within_the_bound(tiny: Tensor) -> None:
     with torch.no_grad():
         for call in CALLS.values():
             microseconds(call, tiny)

@@ -69,6 +69,7 @@ struct Shape {
     int32_t source_count = 0;  // S
     float scale = 1.0f;
     float softcap = 0.0f;    // 0 = none
+    int32_t newest = 0;      // no kernels for architectures after this one (80, 90); 0 = the card's own
     int32_t group = 0;       // Hq / Hkv, by the launchers
     int32_t dim_padded = 0;  // padded_dim(D, Dv), by the launchers
     LogitUnits logits;       // from scale and softcap, by the launchers

@@ -83,10 +83,10 @@ class Items {
 
 Shape shape_from(py::handle tuple) {
     Shape shape;
-    Items(tuple, "shape", 10)
+    Items(tuple, "shape", 11)
         .read_all(
             shape.dtype, shape.device, shape.batch, shape.heads, shape.key_heads, shape.rows, shape.dim,
-            shape.value_dim, shape.scale, shape.softcap);
+            shape.value_dim, shape.scale, shape.softcap, shape.newest);
     return shape;
 }
 

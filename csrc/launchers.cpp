@@ -103,7 +103,8 @@ constexpr bool kHasHopper = false;
 // every key and value that is not empty. Everything else is the sm_80 kernel's.
 bool on_hopper(const ForwardParams& p) {
     const Shape& shape = p.shape;
-    if (!kHasHopper || compute_capability(shape.device) != 90 || shape.rows == 0 ||
+    const bool is_allowed = shape.newest == 0 || shape.newest >= 90;
+    if (!kHasHopper || !is_allowed || compute_capability(shape.device) != 90 || shape.rows == 0 ||
         !has_map(p.query, shape.batch, shape.heads, shape.rows) ||
         !has_map(p.out, shape.batch, shape.heads, shape.rows)) {
         return false;

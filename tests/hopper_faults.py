@@ -113,13 +113,13 @@ FAULTS = [
     Fault("a causal tile passes for full", _TILES, "first + upper >= COLUMNS;", "last + upper >= COLUMNS;"),
     Fault("a source's end is not told", _FWD, "(next.source != present.source ? Told::kEndsSource : 0)", "0"),
     Fault("K of the first source for all", _FWD, "p.key_maps[told.flags & Told::kSource]", "p.key_maps[0]"),
-    Fault("a block takes an item twice", _TILES, "block_count() - 1 - block_index();", "block_index();"),
+    Fault("a block takes another's item", _TILES, "block_count() - 1 - block_index();", "block_count() - block_index();"),
 ]  # fmt: skip
 
 # Sixteen items of two tiles of rows for two blocks; tiles that are full, causal, padded and with holes; one without any.
 ITEMS = Case(
     "hopper", "items",
-    (SourceCase(200, causal=True, offset=-10, present=(True, False)), SourceCase(140, lengths=(140, 0), bias=True),
+    (SourceCase(200, causal=True, offset=-10, present=(True, False)), SourceCase(200, lengths=(200, 0), bias=True),
      SourceCase(130, holes=True, present=(True, False))),
     batch=2, heads=4, kv_heads=2, rows=200, dim=64, aux=True,
 )  # fmt: skip

@@ -15,7 +15,7 @@ from test_properties import hold, quiet, random_cases, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnfuse
-from attnfuse import AuxRequest, Source, testing
+from attnfuse import AuxRequest, Source, dispatch, testing
 from attnfuse.backends import triton
 from attnfuse.problem import bind
 from attnfuse.testing import Case, SourceCase
@@ -59,7 +59,7 @@ def test_every_case(case, three_splits):
     check(case, torch.float32)
 
 
-@pytest.mark.parametrize("case,dtype", zip(CASES[::3], [torch.bfloat16, torch.float16] * len(CASES)), ids=str)
+@pytest.mark.parametrize("case,dtype", list(zip(CASES[::3], [torch.bfloat16, torch.float16] * len(CASES))), ids=str)
 def test_cases_in_16_bits(case, dtype, three_splits):
     """A third of them, the dtypes in turns: what differs from float32 are the casts of steps that all cases share."""
     check(case, dtype)
@@ -254,6 +254,15 @@ def test_keys_are_read_once_and_their_gradients_written_once(three_splits, monke
         assert times(loads, source.key) == {1} and times(loads, source.value) == {1}
         assert times(stores, key) == {1} and times(stores, value) == {1}
     assert times(stores, found.query) == {1}
+
+
+def test_on_a_gpu_triton_comes_before_cuda_for_few_queries_alone(monkeypatch):
+    """The CUDA kernels serve them too, and would leave most of the chip idle."""
+    monkeypatch.setitem(dispatch.ORDER, "cpu", dispatch.ORDER["cuda"])
+    assert dispatch.order(few(rows=32, keys=1024, heads=2, kv_heads=2))[0] == "triton"
+    assert dispatch.order(few(rows=32, keys=1023, heads=2, kv_heads=2))[0] == "cuda"
+    assert dispatch.order(few(rows=64, keys=4096, heads=4, kv_heads=1))[0] == "cuda"
+    assert set(dispatch.order(few(rows=32, keys=1024, heads=2, kv_heads=2))) == set(dispatch.ORDER["cuda"])
 
 
 class Allocated(TorchDispatchMode):

@@ -17,6 +17,7 @@ from torch import nn
 
 import attnfuse.fusion
 from attnfuse import datasets
+from attnfuse.bench import fusion_report, fusion_study
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = {"training": ["fusion_training_choice", "fusion_training"], "layers": ["fusion_layers"]}
@@ -32,17 +33,12 @@ def study(tmp_path_factory):
         script = "from attnfuse.datasets import av_digits; av_digits(limit=8)"
         subprocess.run([sys.executable, "-c", script], check=True, timeout=600)
         patch.setattr(datasets, "_memory", [])
-        patch.syspath_prepend(str(ROOT / "bench"))
-        import fusion_study
-
         yield fusion_study
-        for name in ("fusion_study", "fusion_layers", "fusion_report"):
-            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
 def report(study):
-    return sys.modules["fusion_report"]
+    return fusion_report
 
 
 @pytest.fixture(scope="module")

@@ -160,3 +160,14 @@ def test_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert int(done.stdout) >= 12
+
+
+def test_an_environment_variable_keeps_to_the_older_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = testing.build(CROSSING[0], torch.bfloat16)
+    assert "wgmma" in cuda.describe(problem)
+    monkeypatch.setattr(cuda, "NEWEST", "80")
+    assert "mma.sync" in cuda.describe(problem)
+    check(CROSSING[0])
+    monkeypatch.setattr(cuda, "NEWEST", "91")
+    with pytest.raises(RuntimeError, match="ATTNFUSE_CUDA_ARCH must be 80 or 90, got '91'"):
+        attnfuse.attention(problem.query, problem.query, problem.query, backend="cuda")

@@ -153,7 +153,8 @@ def test_a_step_takes_turns_once(kernels: list[Kernel]) -> None:
 
 def test_few_instructions_a_score(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        # 5.5 are the softmax's own: FMNMX, FFMA, MUFU, FADD, half an F2FP, and the products.
+        # 4.5 are the softmax's own: FMNMX, FFMA, MUFU, FADD and half an F2FP. At 256 a tile has 40 scores a thread
+        # to share what every tile costs.
         assert 4.5 < kernel.loop.per_element <= (7.3 if kernel.dim != 256 else 9.6), kernel.name
 
 

@@ -91,6 +91,7 @@ def described(arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, heav
 # A split costs a partial of 4 Dv bytes a row, written and read once; its keys cost (D + Dv) times 2 or 4 bytes. From
 # 4 rows keys on, the partials are at most half of the keys' bytes, and they stay in the second-level cache.
 MIN_KEYS = 256  # that a split must have
+FEW_ROWS = 128  # the widest tile below
 LONG_KEYS = 1024  # from here on the backward is query-stationary, be it with one split
 KEYS_PER_ROW = 4
 WAVES = 2  # programs for each multiprocessor that splitting aims at

@@ -4,6 +4,9 @@ Off a GPU, ATTNFUSE_EMULATE=1 runs the same kernels on CPU tensors, as a proof: 
 csrc/emulation in the card's place. ATTNFUSE_EMULATE_ARCH (80 if not set, or 90) is the card's compute capability, which
 decides the kernels; ATTNFUSE_EMULATE_SEED (0 if not set) shuffles the order in which threads take turns;
 ATTNFUSE_EMULATE_MODULE names a module that is already built.
+
+ATTNFUSE_CUDA_ARCH=80, read when this module is imported, keeps calls off the kernels for newer architectures: to
+compare both on a Hopper card, or to do without the newer ones.
 """
 
 from __future__ import annotations
@@ -28,11 +31,14 @@ from .rows import constant_when_compiled, empty_results, empty_rows, exact_delta
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 MAX_SOURCES = 8
 _NO_ROWS = (0, 0, 0, 0, 0)
+NEWEST = os.environ.get("ATTNFUSE_CUDA_ARCH", "90")
 
 
 @constant_when_compiled  # looks at files, which torch.compile cannot trace
 def available() -> str | None:
     """Why the backend cannot run on this machine at all; None if it can."""
+    if NEWEST not in ("80", "90"):
+        return f"ATTNFUSE_CUDA_ARCH must be 80 or 90, got {NEWEST!r}"
     if not _emulating():
         return _no_gpu() or _no_extension()
     ready, seed = os.environ.get("ATTNFUSE_EMULATE_MODULE"), os.environ.get("ATTNFUSE_EMULATE_SEED", "0")
@@ -291,7 +297,7 @@ def _shape(problem: Problem) -> tuple[int | float, ...]:
     key_heads = problem.sources[0].key.shape[1]
     return (
         DTYPES[query.dtype], query.device.index or 0, batch, heads, key_heads, rows, dim, problem.value_dim,
-        problem.scale, problem.softcap,
+        problem.scale, problem.softcap, int(NEWEST),
     )  # fmt: skip
 
 

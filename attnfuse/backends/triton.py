@@ -130,6 +130,14 @@ def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
     return Plan(found, told)
 
 
+def are_few(problem: Problem) -> bool:
+    """Whether `dispatch` puts this backend before the CUDA kernels, which leave few queries to few multiprocessors."""
+    from ..triton_kernels.tuning import FEW_ROWS, KEYS_PER_ROW, LONG_KEYS
+
+    packed = problem.group * problem.query.shape[2]
+    return packed <= FEW_ROWS and _visible_keys(problem) >= max(LONG_KEYS, KEYS_PER_ROW * packed)
+
+
 def few_refuses(problem: Problem, need_pairs: bool) -> str | None:
     """Why the query-stationary backward cannot serve the problem at all; None if it can."""
     packed, most = problem.group * problem.query.shape[2], _few_tile(problem, "few").block_m

@@ -126,8 +126,8 @@ void begin_reads(Thread& thread, const Product& product, int columns) {
         reads.add_atom((b.start + r / 8 * b.stride) & atom);
     }
     const Layout a = decoded(thread, product.a, product.where);
-    const int warp = thread.index / 32 % 4;
-    for (int r = 16 * warp; r < 16 * warp + 16; r += 8) {
+    // All 64 rows: nothing says which warp's part of the product reads which.
+    for (int r = 0; r < 64; r += 8) {
         reads.add_atom((a.start + r / 8 * a.stride) & atom);
     }
     reads.begin();
