@@ -88,7 +88,7 @@ spec = importlib.util.spec_from_file_location("attnfuse._cuda", {str(extension)!
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 rows = (0, 0, 0, 0, 0)
-params = module.ForwardParams((0, 0, 1, 1, 1, 4, 64, 64, 1.0, 0.0), (rows, rows, 0, 0, 0), ())
+params = module.ForwardParams((0, 0, 1, 1, 1, 4, 64, 64, 1.0, 0.0, 90), (rows, rows, 0, 0, 0), ())
 try:
     module.attn_fwd(params, 0)
 except RuntimeError as error:
