@@ -286,12 +286,20 @@ def test_the_table_and_its_documents_agree() -> None:
     assert document.cuda(kept) == (document.DOCS / "cuda_machine_code.md").read_text()
 
 
+# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_90.
+KEPT: tuple[dict[str, Any], ...] = (
+    {"archs": (90,)},
+    {"archs": (80,), "dtypes": ("bf16",)},
+    {"archs": (100, 120), "dtypes": ("bf16",), "head_dims": (128,), "passes": ("fwd",), "variants": ("plain",)},
+)
+
+
 def test_the_table_has_the_tuned_configurations() -> None:
     from attnfuse.machine import triton_code
 
     there = {(x.arch, x.kernel) for x in table.kept() if x.language == "triton"}
-    wanted = triton_code.configs((80, 90), ("bf16",), passes=("fwd", "dq", "dkdv"), variants=("plain", "causal"))
-    assert {(f"sm_{c.arch}", c.kernel) for c in wanted} <= there
+    wanted = [config for chosen in KEPT for config in triton_code.configs(**chosen)]
+    assert there == {(f"sm_{c.arch}", c.kernel) for c in wanted}
 
 
 def test_the_table_keeps_what_the_project_promises() -> None:
@@ -307,7 +315,9 @@ def hold_to_promises(found: list[table.Line]) -> None:
             assert x.local_in_step == "0", f"{x.name}: {x.local_in_step} local-memory instructions in its step"
         elif ordinary and any(d in x.kernel for d in (" d64 ", " d128 ", ", 64", ", 128")):
             assert x.local_in_loops == "0", f"{x.name}: {x.local_in_loops} local-memory instructions"
-        if x.kernel.split()[0] in ("combine", "reduce"):
+        pass_ = x.kernel.split()[0]
+        few = pass_ in ("split", "split16", "few", "few16") and " bf16 " in x.kernel
+        if pass_ in ("combine", "reduce") or (few and not x.kernel.endswith("everything")):  # at every head dim
             assert x.local_in_loops == "0", f"{x.name}: {x.local_in_loops} local-memory instructions"
         most = MOST.get((x.arch, x.kernel, x.loop))
         assert most is None or float(x.per_element) <= most, f"{x.name}: {x.per_element} instructions an element"
@@ -340,9 +350,11 @@ def test_compiled_kernels_are_those_of_the_table() -> None:
     found = inspect(*usual, "--arch", "90", "80", "--variant", "plain", "causal", "--head-dim", "64", "128",
                     "--pass", "fwd", "dq", "dkdv")  # fmt: skip
     found += inspect(*plain, "--arch", "100", "120", "--pass", "fwd")
+    found += inspect(*plain, "--arch", "90", "--pass", "split", "split16", "combine", "few", "few16", "reduce")
+    found += inspect(*plain, "--arch", "80", "--pass", "split", "few")
     readings = [reading.from_data(data) for data in found]
     assert [f"{r.name}: {r.error}" for r in readings if r.error] == []
-    assert len(readings) == 26
+    assert len(readings) == 34
     fresh, kept = table.lines(readings), {x.key: x for x in table.kept()}
     hold_to_promises(fresh)
     for new in fresh:
