@@ -286,11 +286,12 @@ def test_the_table_and_its_documents_agree() -> None:
     assert document.cuda(kept) == (document.DOCS / "cuda_machine_code.md").read_text()
 
 
-# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_90.
+# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_90, 16 bit of sm_80.
+# It has no float32 of the other architectures, and no masks, features and head dims 96 and 256 of sm_100 and sm_120.
 KEPT: tuple[dict[str, Any], ...] = (
     {"archs": (90,)},
     {"archs": (80,), "dtypes": ("bf16",)},
-    {"archs": (100, 120), "dtypes": ("bf16",), "head_dims": (128,), "passes": ("fwd",), "variants": ("plain",)},
+    {"archs": (100, 120), "dtypes": ("bf16",), "head_dims": (64, 128), "variants": ("plain",)},
 )
 
 
@@ -310,6 +311,9 @@ def hold_to_promises(found: list[table.Line]) -> None:
     """What no compiler may change: see `worse` for what a known one may not."""
     assert table.worse([], found) == []  # shared memory
     for x in found:
+        if (x.arch, x.kernel) in SPILLS:
+            assert x.local_in_loops == SPILLS[x.arch, x.kernel], f"{x.name}: {x.local_in_loops}"
+            continue
         ordinary = x.language == "cuda" or (" bf16 " in x.kernel and not x.kernel.endswith("everything"))
         if x.kernel.startswith("sm90::"):  # masked tiles share the loop of the full ones
             assert x.local_in_step == "0", f"{x.name}: {x.local_in_step} local-memory instructions in its step"
@@ -323,6 +327,8 @@ def hold_to_promises(found: list[table.Line]) -> None:
         assert most is None or float(x.per_element) <= most, f"{x.name}: {x.per_element} instructions an element"
 
 
+# What touches local memory although kernels of its kind should not, and how often.
+SPILLS = {("sm_100", "reduce bf16 d128 plain"): "2"}
 # Instructions for a score element at most.
 MOST = {
     ("sm_90", "fwd bf16 d128 plain", "full"): 8.0,
@@ -351,10 +357,10 @@ def test_compiled_kernels_are_those_of_the_table() -> None:
                     "--pass", "fwd", "dq", "dkdv")  # fmt: skip
     found += inspect(*plain, "--arch", "100", "120", "--pass", "fwd")
     found += inspect(*plain, "--arch", "90", "--pass", "split", "split16", "combine", "few", "few16", "reduce")
-    found += inspect(*plain, "--arch", "80", "--pass", "split", "few")
+    found += inspect(*plain, "--arch", "80", "120", "--pass", "split", "few")
     readings = [reading.from_data(data) for data in found]
     assert [f"{r.name}: {r.error}" for r in readings if r.error] == []
-    assert len(readings) == 34
+    assert len(readings) == 36
     fresh, kept = table.lines(readings), {x.key: x for x in table.kept()}
     hold_to_promises(fresh)
     for new in fresh:
