@@ -123,8 +123,8 @@ struct TileShape {
 // The tile of the forward kernel that attn_fwd would launch for these params.
 TileShape attn_fwd_tile(const ForwardParams& params);
 
-// The tiles of every sm_80 kernel at a padded head dim: more than one of a pass where it has a choice or several
-// launches.
+// The tiles of every kernel at a padded head dim: more than one of a pass where it has a choice or several launches.
+// Hopper's, where they are built, are named sm90::.
 std::vector<TileShape> tile_shapes(int dim_padded);
 
 // 64, 96, 128 or 256: the head dim that (dim, value_dim) is computed in.

@@ -153,6 +153,13 @@ std::vector<TileShape> tile_shapes(int dim_padded) {
             shapes.insert(shapes.end(), tiles.begin(), tiles.end());
         }
     });
+    if constexpr (kHasHopper) {
+        with_hopper_dim(dim_padded, [&]<int D>(Dim<D>) {
+            TileShape tile = sm90::attn_fwd_tiles<D>()[0];
+            tile.pass = "sm90::attn_fwd";
+            shapes.push_back(tile);
+        });
+    }
     return shapes;
 }
 

@@ -52,7 +52,8 @@ def test_every_instance_is_there(readings: list[Reading]) -> None:
 
 
 def test_no_loop_touches_local_memory(readings: list[Reading]) -> None:
-    assert [(r.name, r.loop_local) for r in readings if r.loop_local] == []
+    """Hopper's own kernels have a step of their own for full tiles: tests/test_hopper_machine.py."""
+    assert [(r.name, r.loop_local) for r in readings if r.loop_local and not r.kernel.startswith("sm90::")] == []
 
 
 def test_one_loop_walks_the_tiles_with_the_wide_products(readings: list[Reading]) -> None:
@@ -87,7 +88,7 @@ spec = importlib.util.spec_from_file_location("attnfuse._cuda", {str(extension)!
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 rows = (0, 0, 0, 0, 0)
-params = module.ForwardParams((0, 0, 1, 1, 1, 4, 64, 64, 1.0, 0.0), (rows, rows, 0, 0, 0), ())
+params = module.ForwardParams((0, 0, 1, 1, 1, 4, 64, 64, 1.0, 0.0, 90), (rows, rows, 0, 0, 0), ())
 try:
     module.attn_fwd(params, 0)
 except RuntimeError as error:

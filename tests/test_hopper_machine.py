@@ -2,81 +2,169 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from attnfuse import build, machine, machine_sm90
+from attnfuse import build
+from attnfuse.machine import cuda_code, sass
+from attnfuse.machine.flow import loops
+from attnfuse.machine.model import Work
+from attnfuse.machine.reading import LoopReading, Reading, tile_loops
+from attnfuse.machine.sass import Instruction
 
-ROOT = Path(__file__).parent.parent
-REASON = build.why_not()
+REASON = cuda_code.why_not()
 if REASON is None:
     try:
-        machine.cuobjdump()
+        sass.cuobjdump()
     except FileNotFoundError as error:
         REASON = str(error)
 
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
+class Kernel(NamedTuple):
+    """What `attnfuse inspect` reads, and beside it the instructions of the step: the ordinary iteration over a tile."""
+
+    reading: Reading
+    step: Sequence[Instruction]
+
+    @property
+    def name(self) -> str:
+        return self.reading.kernel
+
+    @property
+    def dim(self) -> int:
+        return int(self.name.split(", ")[1].rstrip(">"))
+
+    @property
+    def loop(self) -> LoopReading:
+        (loop,) = self.reading.loops
+        return loop
+
+    @property
+    def widths(self) -> list[str]:
+        return [x.name.split(".")[1] for x in self.step if x.opcode == "HGMMA"]
+
+    @property
+    def scores(self) -> int:
+        """Scores of a tile that one thread holds: a float32 accumulator each."""
+        return int(self.widths[0].split("x")[1]) // 2
+
+    def count(self, prefix: str) -> int:
+        return sum(x.name.startswith(prefix) for x in self.step)
+
+    def places(self, prefix: str, operands: str = "") -> list[int]:
+        """Where in the step these instructions stand."""
+        return [n for n, x in enumerate(self.step) if x.name.startswith(prefix) and operands in x.operands]
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[machine_sm90.Kernel]:
-    """From the objects that installing has left in build/cuda where it has."""
-    output = tmp_path_factory.mktemp("cuda") / f"_cuda{build.SUFFIX}"
-    build.build_cuda(ROOT / "build" / "cuda", output, quiet=True)
-    return machine_sm90.read_build()
+def folder() -> Path:
+    """The objects that installing has left in build/cuda where it has."""
+    return cuda_code.compiled(90)[0]
 
 
-def test_every_instance_is_there(kernels: list[machine_sm90.Kernel]) -> None:
-    assert {k.name for k in kernels} == {
-        f"attn_fwd_kernel<{dtype}, {dim}>" for dtype in ("bf16", "fp16") for dim in (64, 128, 256)
-    }
+@pytest.fixture(scope="module")
+def kernels(folder: Path) -> list[Kernel]:
+    steps = {}
+    for path in (folder / "instances").glob(f"*{build.HOPPER_SUFFIX}.o"):
+        for function in sass.functions(path):
+            assert function.arch == build.HOPPER
+            (loop,) = tile_loops(loops(function.code), Work(1, 1, 1))
+            # From the first product on: the loop may begin anywhere in it.
+            first = next(n for n, x in enumerate(loop.path) if x.opcode == "HGMMA")
+            steps[function.name] = loop.path[first:] + loop.path[:first]
+    readings = [r for r in cuda_code.read_all(90, passes=("fwd",)) if r.kernel.startswith("sm90::")]
+    return [Kernel(reading, steps[reading.kernel]) for reading in readings]
 
 
-def test_the_registers_at_entry_are_what_setmaxnreg_starts_from(kernels: list[machine_sm90.Kernel]) -> None:
+def test_every_instance_is_there(kernels: list[Kernel]) -> None:
+    assert Counter(k.name for k in kernels) == Counter(
+        f"sm90::attn_fwd_kernel<{dtype}, {dim}>" for dtype in ("bf16", "fp16") for dim in (64, 128, 256)
+    )
+
+
+def test_they_are_not_read_for_other_cards() -> None:
+    assert [r.name for r in cuda_code.read_all(80, (128,), ("fwd",)) if "sm90" in r.kernel] == []
+
+
+def test_the_registers_at_entry_are_what_setmaxnreg_starts_from(kernels: list[Kernel]) -> None:
     """65536 by the threads of a block; else setmaxnreg would be ignored, and ptxas would say so."""
     for kernel in kernels:
-        assert kernel.registers == (128 if "64>" in kernel.name else 168), kernel.name
+        assert kernel.reading.registers == (128 if kernel.dim == 64 else 168), kernel.name
 
 
-def test_ptxas_has_nothing_to_complain_of(kernels: list[machine_sm90.Kernel]) -> None:
+def test_ptxas_has_nothing_to_complain_of(kernels: list[Kernel]) -> None:
     """C7508 and C7510 to C7514: products made to wait for each other, setmaxnreg ignored."""
-    assert [(k.name, k.complaints) for k in kernels if k.complaints] == []
+    assert [(k.name, k.reading.complaints) for k in kernels if k.reading.complaints] == []
 
 
-def test_the_products_are_the_wide_ones(kernels: list[machine_sm90.Kernel]) -> None:
-    wanted = {"64": ["64x112x16", "64x64x16"], "128": ["64x128x16"], "256": ["64x80x16", "64x256x16"]}
+def test_what_ptxas_complains_of_is_told(tmp_path: Path) -> None:
+    name = "_ZN8attnfuse4sm9015attn_fwd_kernelINS_4bf16ELi64EEEvNS0_16ForwardArgumentsE"
+    said = f"(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in function '{name}'"
+    (tmp_path / "attn.ptxas.txt").write_text(f"ptxas info    : {said}\nptxas info    : Used 168 registers\n")
+    assert list(cuda_code.complaints(tmp_path, "attn").values()) == [[said]]
+    assert list(cuda_code.complaints(tmp_path, "attn")) == [sass.demangled(name)]
+
+
+def test_the_products_are_the_wide_ones(kernels: list[Kernel]) -> None:
+    wanted = {64: ["64x112x16", "64x64x16"], 128: ["64x128x16"], 256: ["64x80x16", "64x256x16"]}
     for kernel in kernels:
-        names = [x.name.split(".")[1] for x in kernel.step.instructions if x.name.startswith("HGMMA")]
-        dim = kernel.name.split(", ")[1].rstrip(">")
-        assert list(dict.fromkeys(names)) == wanted[dim], kernel.name
+        assert list(dict.fromkeys(kernel.widths)) == wanted[kernel.dim], kernel.name
         # Q K^T in steps of 16 of the head dim, P V in steps of 16 of the columns
-        assert len(names) == int(dim) // 16 + kernel.scores // 8, kernel.name
+        assert len(kernel.widths) == kernel.dim // 16 + kernel.scores // 8, kernel.name
 
 
-def test_a_step_touches_no_local_memory(kernels: list[machine_sm90.Kernel]) -> None:
+def test_a_step_is_one_tile(kernels: list[Kernel]) -> None:
+    """As csrc gives its shape: its FLOP, nothing computed twice, a score's worth of columns in each thread."""
     for kernel in kernels:
-        assert kernel.step.count("LDL") == kernel.step.count("STL") == 0, kernel.name
+        assert (kernel.loop.name, kernel.loop.tiles, kernel.loop.repeated) == ("full", 1, 1.0), kernel.name
+        columns = re.match(r"\d+x(\d+) ", kernel.reading.tile)
+        assert columns is not None and int(columns[1]) == 2 * kernel.scores, kernel.name
+        assert kernel.loop.instructions == len(kernel.step)
 
 
-def test_the_exponentials_stand_between_the_two_waits(kernels: list[machine_sm90.Kernel]) -> None:
+def test_a_step_touches_no_local_memory(kernels: list[Kernel]) -> None:
+    for kernel in kernels:
+        assert kernel.count("LDL") == kernel.count("STL") == kernel.loop.step_local == 0, kernel.name
+
+
+def test_the_exponentials_stand_between_the_two_waits(kernels: list[Kernel]) -> None:
     """Behind the wait for Q K^T and before that for P V: what they take is hidden behind P V."""
     for kernel in kernels:
-        scores_ready, out_ready = (kernel.step.places("WARPGROUP.DEPBAR", f"gsb0, {n}") for n in ("0x1", "0x0"))
-        exponentials = kernel.step.places("MUFU.EX2")
+        scores_ready, out_ready = (kernel.places("WARPGROUP.DEPBAR", f"gsb0, {n}") for n in ("0x1", "0x0"))
+        exponentials = kernel.places("MUFU.EX2")
         assert len(scores_ready) == len(out_ready) == 1, kernel.name
         assert len(exponentials) == kernel.scores + 2  # and two that rescale
         assert scores_ready[0] < min(exponentials) and max(exponentials) < out_ready[0], kernel.name
+        assert kernel.loop.overlapped == 1.0, kernel.name
 
 
-def test_a_step_takes_turns_once(kernels: list[machine_sm90.Kernel]) -> None:
+def test_a_step_takes_turns_once(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        turns = 0 if "256>" in kernel.name else 1
-        assert kernel.step.count("BAR.SYNC") == kernel.step.count("BAR.ARV") == turns, kernel.name
+        turns = 0 if kernel.dim == 256 else 1
+        assert kernel.count("BAR.SYNC") == kernel.count("BAR.ARV") == turns, kernel.name
 
 
-def test_few_instructions_a_score(kernels: list[machine_sm90.Kernel]) -> None:
+def test_few_instructions_a_score(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         # 4.5 are the softmax's own: FMNMX, FFMA, MUFU, FADD and half an F2FP. At 256 a tile has 40 scores a thread
         # to share what every tile costs.
-        assert 4.5 < kernel.per_score <= (7.3 if "256>" not in kernel.name else 9.6), kernel.name
+        assert 4.5 < kernel.loop.per_element <= (7.3 if kernel.dim != 256 else 9.6), kernel.name
+
+
+def test_the_ceiling_is_that_of_flashattention_3(kernels: list[Kernel]) -> None:
+    """Or above it, where its figures are known (published.py): head dims 64 and 128."""
+    from attnfuse.machine.published import PUBLISHED
+
+    for kernel in kernels:
+        theirs = [p.ceiling for p in PUBLISHED if (p.pass_, p.head_dim) == ("fwd", kernel.dim)]
+        if kernel.dim in (64, 128):
+            assert theirs and kernel.loop.ceiling is not None
+        if theirs:
+            assert kernel.loop.ceiling is not None and round(kernel.loop.ceiling) >= round(max(theirs)), kernel.name

@@ -79,7 +79,7 @@ def describe(problem: Problem) -> str:
     dim = module.padded_dim(problem.query.shape[3], problem.value_dim)
     out, lse, mass = empty_results(problem)
     *tile, schedule = module.attn_fwd_tile(_forward_params(module, problem, out, lse, mass, []))
-    backward = [tile for tile in module.tile_shapes(dim) if tile[0] != "attn_fwd"]
+    backward = [tile for tile in module.tile_shapes(dim) if tile[0].startswith("attn_bwd")]
     tiles = [
         f"{name} {rows}x{columns}, {threads // 32} warps, {shared / 1024:.0f} KB"
         for name, rows, columns, threads, shared in (tile, *backward)

@@ -16,7 +16,8 @@ from attnfuse.cli import table
 if TYPE_CHECKING:
     from attnfuse.machine.reading import Reading
 
-PASSES = ("fwd", "dq", "dkdv", "dkdv1", "rows")
+# Of both languages; the kernels for few queries are Triton's, "rows" is CUDA's.
+PASSES = ("fwd", "dq", "dkdv", "dkdv1", "split", "split16", "combine", "few", "few16", "reduce", "rows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +123,7 @@ def _read_object(args: argparse.Namespace) -> list[Reading]:
 
 COLUMNS = (
     "kernel", "tile", "regs", "local", "smem KB", "blocks/SM", "loop", "instr", "/element", "repeated", "ex2", "fp32",
-    "issue", "smem", "hidden", "local in loop", "binds", "ceiling",
+    "issue", "smem", "hidden", "local in loop", "in a step", "binds", "ceiling",
 )  # fmt: skip
 
 
@@ -152,6 +153,8 @@ def _print(readings: Sequence[Reading], mix: bool) -> None:
                 kinds = ", ".join(f"{kind} {n} ({n * scale:.2f})" for kind, n in loop.mix.items())
                 print(f"{reading.name} {loop.name}: {kinds}")
     for reading in readings:
+        for sentence in reading.complaints:
+            print(f"{reading.name}: ptxas says {sentence}")
         if reading.error:
             print(f"FAILED {reading.name}: {reading.error}")
 
@@ -161,13 +164,14 @@ def _rows(reading: Reading) -> list[tuple[str, ...]]:
     sizes = (f"{reading.shared / 1024:.1f}", str(reading.blocks)) if reading.loops else ("-", "-")
     if not reading.loops:
         rest = ("-",) * 8
-        return [(*head, *sizes, "-", *rest, str(reading.loop_local), "-", "-")]
+        return [(*head, *sizes, "-", *rest, str(reading.loop_local), "-", "-", "-")]
     return [
         (
             *head, *sizes, loop.name, str(loop.instructions), f"{loop.per_element:.2f}", f"{loop.repeated:.2f}",
             *(f"{x / loop.tensor:.0%}" if loop.tensor else f"{x:.0f} clk"
               for x in (loop.ex2, loop.fp32, loop.issue, loop.shared)),
-            _number(loop.overlapped, ".0%"), str(loop.local), loop.binding, _number(loop.ceiling, ".0f"),
+            _number(loop.overlapped, ".0%"), str(loop.local), str(loop.step_local),
+            loop.binding, _number(loop.ceiling, ".0f"),
         )
         for loop in reading.loops
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,10 +16,14 @@ from typing import NamedTuple
 
 from .. import build
 from .model import WARP, Work
-from .reading import Reading, kept, read_function
+from .reading import Reading, hash_of, kept, read_function
 from .sass import Function, demangled, functions, printed
 
 ROOT = build.CSRC.parent
+# What ptxas says where products are made to wait for each other, or setmaxnreg is ignored.
+_COMPLAINT = re.compile(r"\(C75\d\d\)[^\n]*")
+# Warps of a Hopper block that copy for the others.
+_COPYING = 4
 
 
 class Shape(NamedTuple):
@@ -89,6 +94,8 @@ def read_all(
     """Every kernel of csrc/instances for `arch`; objects that have not changed are neither compiled nor read again."""
     folder, name = compiled(arch)
     objects = sorted((folder / "instances").glob("*.o"))
+    if arch != 90:  # they are for Hopper alone
+        objects = [path for path in objects if not path.stem.endswith(build.HOPPER_SUFFIX)]
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         for found in pool.map(partial(_read_object, folder, arch, name, head_dims, passes), objects):
             yield from found
@@ -97,18 +104,30 @@ def read_all(
 def _read_object(
     folder: Path, arch: int, name: str, head_dims: Sequence[int], passes: Sequence[str], path: Path
 ) -> list[Reading]:
-    made_by, digest = toolchain(), sha256(path.read_bytes()).hexdigest()
+    made_by, digest = toolchain(), sha256(path.read_bytes()).hexdigest() + hash_of(Path(__file__))
     # An object is disassembled once, and only if something of it is not known yet.
     disassembled = cache(lambda: {(f.name, f.arch.rstrip("af")): f for f in functions(path)})
+    said = complaints(folder, path.stem)
 
     def read(kernel: str) -> Reading:
-        return _read(disassembled()[kernel, name], folder, arch, made_by)
+        reading = _read(disassembled()[kernel, name], folder, arch, made_by)
+        reading.complaints = said.get(kernel, [])
+        return reading
 
     found = []
     for kernel in _kernels_in(path):
         pass_, dim = _pass_of(kernel)
         if pass_ in passes and (dim is None or dim in head_dims):
             found.append(kept([kernel, name, made_by, digest], partial(read, kernel)))
+    return found
+
+
+def complaints(folder: Path, instance: str) -> dict[str, list[str]]:
+    """Of each kernel of csrc/instances/`instance`.cu, what ptxas complained of when it was compiled in `folder`."""
+    found: dict[str, list[str]] = {}
+    for sentence in _COMPLAINT.findall((folder / f"{instance}.ptxas.txt").read_text()):
+        for name in re.findall(r"_Z\w+", sentence):
+            found.setdefault(demangled(name), []).append(sentence)
     return found
 
 
@@ -137,6 +156,10 @@ def _read(function: Function, folder: Path, arch: int, made_by: str) -> Reading:
     candidates = [shape for shape in shapes(folder, dim) if shape.name == base]
     shape, depths = WORK[base](arguments, candidates)
     work = Work(shape.rows, shape.columns, shape.threads // WARP, (dim,) * depths, shared=shape.shared)
+    if base.startswith("sm90::"):
+        # Copies are tensor copies, of K and V, by warps that do nothing else.
+        copied = 2 * shape.columns * dim * 2
+        work = replace(work, warps=work.warps - _COPYING, block_warps=work.warps, copied=copied)
     tile = f"{shape.rows}x{shape.columns} w{shape.threads // WARP}"
     return read_function(function, work, "cuda", arch, function.name, made_by, tile)
 
@@ -152,6 +175,7 @@ def _dkdv(arguments: Sequence[str], candidates: Sequence[Shape]) -> tuple[Shape,
 # A new kernel gets a line here.
 WORK: dict[str, Callable[[Sequence[str], Sequence[Shape]], tuple[Shape, int]]] = {
     "attn_fwd": lambda arguments, candidates: (candidates[0], 2),
+    "sm90::attn_fwd": lambda arguments, candidates: (candidates[0], 2),
     "attn_bwd_dq": lambda arguments, candidates: (candidates[0], 3),
     "attn_bwd_dkdv": _dkdv,
 }

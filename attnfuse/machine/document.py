@@ -108,12 +108,14 @@ def cuda(lines: Sequence[Line]) -> str:
             Instructions are those of one iteration over an ordinary tile: what is branched around there (masks,
             softcap, unaligned copies, rescaling) is not counted. Products, exponentials and accesses of shared memory
             are of one warp. Where a pass has two kernels at a head dim, `true` is for cards whose blocks may have
-            99 KB, and `value` and `key` are two launches.
+            99 KB, and `value` and `key` are two launches. `sm90::` are Hopper's own kernels (wgmma and tensor copies),
+            compiled for sm_90a: one loop walks full and masked tiles, and what local memory it touches is touched for
+            masked ones.
         """),
         "",
         *_markdown(
             ("kernel", "arch", "tile", "registers", "local bytes", "shared KB", "blocks an SM", "instructions",
-             "products", "exponentials", "shared accesses", "local in loops"),
+             "products", "exponentials", "shared accesses", "local in loops", "in a step"),
             [_cuda(line) for line in chosen],
         ),
     ]  # fmt: skip
@@ -122,7 +124,7 @@ def cuda(lines: Sequence[Line]) -> str:
 
 CEILING = (
     "kernel", "tile", "registers", "blocks an SM", "instructions", "per element", "repeated", "ex2", "fp32", "issue",
-    "shared", "hidden", "local in loops", "binds", "ceiling",
+    "shared", "hidden", "local in loops", "in a step", "binds", "ceiling",
 )  # fmt: skip
 
 
@@ -130,7 +132,8 @@ def _ceiling(line: Line) -> tuple[str, ...]:
     return (
         line.kernel, line.tile, line.registers, line.blocks_per_sm, line.instructions, line.per_element, line.repeated,
         *(_share(x, line.tensor) for x in (line.ex2, line.fp32, line.issue, line.shared)),
-        f"{float(line.overlapped):.0%}" if line.overlapped else "-", line.local_in_loops, line.binding,
+        f"{float(line.overlapped):.0%}" if line.overlapped else "-", line.local_in_loops,
+        line.local_in_step, line.binding,
         line.ceiling or "unknown",
     )  # fmt: skip
 
@@ -140,7 +143,8 @@ def _cuda(line: Line) -> tuple[str, ...]:
     counts = (mix.get("product", 0), mix.get("ex2", 0) + mix.get("mufu", 0), mix.get("shared", 0))
     inside = tuple(map(str, (line.instructions, *counts))) if line.loop else ("-",) * 4
     sizes = (f"{int(line.shared_bytes) / 1024:.1f}", line.blocks_per_sm) if line.loop else ("-", "-")
-    return line.kernel, line.arch, line.tile, line.registers, line.local_bytes, *sizes, *inside, line.local_in_loops
+    local = (line.local_in_loops, line.local_in_step or "-")
+    return line.kernel, line.arch, line.tile, line.registers, line.local_bytes, *sizes, *inside, *local
 
 
 def _share(clocks: str, tensor: str) -> str:

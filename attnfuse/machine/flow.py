@@ -54,6 +54,11 @@ class Loop:
         return sum(x.opcode in LOCAL for x in self.code)
 
     @property
+    def step_local(self) -> int:
+        """Of these, the ones on `path`."""
+        return sum(x.opcode in LOCAL for x in self.path)
+
+    @property
     def multiplies(self) -> bool:
         """Whether it multiplies tiles itself, rather than in a loop inside it."""
         return any(x.opcode in PRODUCTS for x in self.own)

@@ -35,6 +35,7 @@ class LoopReading:
     ceiling: float | None
     overlapped: float | None
     local: int  # local-memory instructions anywhere in the loop
+    step_local: int  # of these, in an ordinary iteration
     mix: dict[str, int]
     products: dict[str, int]  # the wide instructions by full name
 
@@ -54,6 +55,7 @@ class Reading:
     blocks: int = 0  # an SM holds at once
     loop_local: int = 0  # local-memory instructions in the loop that has most, of all loops
     loops: list[LoopReading] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)  # of ptxas: products that wait for each other, and the like
     error: str = ""
 
     @property
@@ -90,19 +92,31 @@ def read_function(
         reading.loops.append(
             LoopReading(
                 name, c.tiles, c.instructions, c.per_element, c.repeated, c.tensor, c.ex2, c.fp32, c.issue, c.shared,
-                c.binding, c.ceiling, c.overlapped, loop.local, dict(c.mix), dict(c.products),
+                c.binding, c.ceiling, c.overlapped, loop.local, loop.step_local, dict(c.mix), dict(c.products),
             )
         )  # fmt: skip
     return reading
 
 
 def tile_loops(found: Sequence[Loop], work: Work) -> list[Loop]:
-    """The loops that multiply tiles themselves: by tensor cores or, where the kernel uses none, by multiply-adds."""
+    """The loops that multiply tiles themselves: by tensor cores or, where the kernel uses none, by multiply-adds.
+
+    A loop around another of them is none: what it multiplies itself are the tiles before the inner loop and after it.
+    """
     multiplying = [loop for loop in found if loop.multiplies]
+    around = {id(outer) for loop in multiplying for outer in _around(loop)}
     if multiplying:
-        return multiplying
+        return [loop for loop in multiplying if id(loop) not in around]
     enough = work.flops / (2 * WARP * work.warps) / 2
     return [x for x in found if enough and sum(y.opcode == "FFMA" for y in x.own) >= enough]
+
+
+def _around(loop: Loop) -> list[Loop]:
+    found = []
+    while loop.parent is not None:
+        loop = loop.parent
+        found.append(loop)
+    return found
 
 
 def kept(key: Sequence[str], read: Callable[[], Reading]) -> Reading:

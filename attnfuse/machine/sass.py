@@ -111,11 +111,11 @@ def _by_architecture(text: str) -> list[tuple[str, str]]:
 
 @cache
 def demangled(name: str) -> str:
-    """The template and its arguments, without namespaces and parameters."""
+    """The template and its arguments, without parameters, and without the namespaces that most kernels are in."""
     filt = shutil.which("c++filt")
     if filt is None or not name.startswith("_Z"):
         return name
-    plain = re.sub(r"\battnfuse::(?:sm\d+::)?", "", printed(filt, name).strip())
+    plain = re.sub(r"\battnfuse::(?:sm80::)?", "", printed(filt, name).strip())
     # An enumerator is demangled as a cast, which the cut at the first parenthesis would take away.
     plain = re.sub(r"\(Wanted\)(\d)", lambda m: ("both", "key", "value")[int(m[1])], plain)
     return plain.removeprefix("void ").split("(", 1)[0]

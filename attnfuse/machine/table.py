@@ -2,7 +2,7 @@
 
 Worse is, for a kernel of the same name:
 
-    more local-memory instructions in a loop
+    more local-memory instructions in a loop, or in its ordinary iteration
     more instructions for a score element
     a lower predicted ceiling
     more shared memory than a block may have
@@ -54,6 +54,7 @@ class Line(NamedTuple):
     binding: str
     ceiling: str
     overlapped: str
+    local_in_step: str  # of an ordinary iteration
     mix: str
 
     @property
@@ -89,6 +90,7 @@ def _cells(loop: LoopReading) -> tuple[str, ...]:
         "" if tensor is None else f"{tensor:.0f}",
         *(f"{x:.0f}" for x in (loop.ex2, loop.fp32, loop.issue, loop.shared)), loop.binding,
         "" if ceiling is None else f"{ceiling:.0f}", "" if overlapped is None else f"{overlapped:.2f}",
+        str(loop.step_local),
         " ".join(f"{name}:{count}" for name, count in loop.mix.items()),
     )  # fmt: skip
 
@@ -138,6 +140,7 @@ def worse(old: Sequence[Line], new: Sequence[Line]) -> list[str]:
             continue
         for field, sign, what in (
             ("local_in_loops", 1, "local-memory instructions in a loop"),
+            ("local_in_step", 1, "local-memory instructions in an ordinary iteration"),
             ("per_element", 1, "instructions for a score element"),
             ("ceiling", -1, "TFLOP/s of predicted ceiling"),
         ):

@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,14 +20,26 @@ from .model import Work
 from .reading import Reading, hash_of, kept, read_function
 from .sass import functions, printed
 
+if TYPE_CHECKING:
+    from ..triton_kernels.tuning import Tile
+
 ARCHS = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_DIMS = (64, 96, 128, 256)
-PASSES = ("fwd", "dq", "dkdv", "dkdv1")  # dkdv1: dkdv that adds up dq too
+# "dkdv1" is dkdv that adds up dq too. Few queries: "split" and "few" at the most packed rows a tile has, "split16" and
+# "few16" for one query; then what adds partials up. One query is compiled apart: Triton takes an argument of 1 for a
+# constant.
+PASSES = ("fwd", "dq", "dkdv", "dkdv1", "split", "split16", "combine", "few", "few16", "reduce")
 # plain: no mask at all; causal: a causal mask; everything: every feature of the contract, on two sources.
 VARIANTS = ("plain", "causal", "everything")
 SOURCE = Path(__file__).parent.parent / "triton_kernels"
-FILES = ("attn_fwd.py", "attn_bwd.py", "tile.py", "tuning.py")
+FILES = (
+    "attn_fwd.py", "attn_bwd.py", "attn_fwd_split.py", "attn_bwd_few.py", "packed.py", "tile.py", "tuning.py",
+)  # fmt: skip
+# What a pass looks at of a variant, where not at all of it: partials are added up whatever was masked.
+LOOKS_AT = {"combine": ("plain", "everything"), "reduce": ("plain",)}
+# Depths are of the head dim: the products of a tile.
+PRODUCTS = {"fwd": 2, "split": 2, "dq": 3, "dkdv": 4, "dkdv1": 5, "few": 5}
 
 
 class Config(NamedTuple):
@@ -51,7 +63,37 @@ def configs(
     passes: Iterable[str] = PASSES,
     variants: Iterable[str] = VARIANTS,
 ) -> list[Config]:
-    return [Config(*c) for c in product(archs, dtypes, head_dims, passes, variants)]
+    """Every combination that there is."""
+    found = (Config(*c) for c in product(archs, dtypes, head_dims, passes, variants))
+    return [c for c in found if c.variant in LOOKS_AT.get(c.pass_, VARIANTS)]
+
+
+def tile_of(config: Config) -> Tile:
+    """The tile a configuration is compiled with; for what adds partials up, block_m rows and block_n splits at once."""
+    from ..triton_kernels.tuning import Tile, few_tile, merge_tile, tile
+
+    dtype, heavy = DTYPES[config.dtype], config.variant == "everything"
+    if config.pass_ in ("combine", "reduce"):
+        merge = merge_tile(config.arch, config.head_dim)
+        return Tile(merge.block_r, merge.chunk, merge.num_warps, 1)
+    if config.pass_ in ("fwd", "dq", "dkdv", "dkdv1"):
+        return tile(config.arch, dtype, config.head_dim, config.pass_, heavy)
+    rows = 16 if config.pass_.endswith("16") else 128
+    return few_tile(config.arch, dtype, config.head_dim, config.pass_.removesuffix("16"), rows, heavy)
+
+
+def work_of(config: Config, shared: int) -> Work | None:
+    """What the tile loops are about, `shared` being the block's bytes; None for what multiplies nothing."""
+    from ..triton_kernels.tuning import padded
+
+    depths = (config.head_dim,) * PRODUCTS.get(config.pass_.removesuffix("16"), 0)
+    if not depths:
+        return None
+    t = tile_of(config)
+    # dkdv walks queries and gradients of the output, the others keys and values.
+    walked = t.block_m if config.pass_.startswith("dkdv") else t.block_n
+    copied = 2 * walked * padded(config.head_dim) * DTYPES[config.dtype].itemsize
+    return Work(t.block_m, t.block_n, t.num_warps, depths, copied, shared)
 
 
 def read_all(wanted: Sequence[Config], workers: int | None = None) -> Iterator[Reading]:
@@ -73,7 +115,7 @@ def _quiet() -> None:
 
 def read(config: Config) -> Reading:
     """Compile one configuration and read its machine code, or recall what was read of the same sources."""
-    key = [str(config), toolchain(config.arch), hash_of(*(SOURCE / name for name in FILES))]
+    key = [str(config), toolchain(config.arch), hash_of(Path(__file__), *(SOURCE / name for name in FILES))]
     return kept(key, lambda: _read(config))
 
 
@@ -111,22 +153,17 @@ def stand_in(arch: int) -> Any:
 def _read(config: Config) -> Reading:
     import triton
 
-    from ..triton_kernels.tuning import SHARED_LIMIT, padded, tile
+    from ..triton_kernels.tuning import SHARED_LIMIT
 
     made_by = toolchain(config.arch)
-    heavy = config.variant == "everything"
-    t = tile(config.arch, DTYPES[config.dtype], config.head_dim, config.pass_, heavy)
+    t = tile_of(config)
     shape = f"{t.block_m}x{t.block_n} w{t.num_warps} s{t.num_stages}"
     triton.runtime.driver.set_active(stand_in(config.arch))
     try:
         kernel, arguments, constants = arguments_of(config)
         compiled = kernel.warmup(*arguments, grid=(1,), **constants)
         (function,) = functions(compiled.asm["cubin"])
-        # fwd and dq walk keys and values, dkdv queries and gradients of the output.
-        walked = t.block_m if config.pass_.startswith("dkdv") else t.block_n
-        copied = 2 * walked * padded(config.head_dim) * DTYPES[config.dtype].itemsize
-        depths = (config.head_dim,) * {"fwd": 2, "dq": 3, "dkdv": 4, "dkdv1": 5}[config.pass_]
-        work = Work(t.block_m, t.block_n, t.num_warps, depths, copied, compiled.metadata.shared)
+        work = work_of(config, compiled.metadata.shared)
         reading = read_function(function, work, "triton", config.arch, config.kernel, made_by, shape)
         if reading.shared > SHARED_LIMIT[config.arch] * 1024:
             reading.error = f"{reading.shared} bytes of shared memory, a block has {SHARED_LIMIT[config.arch]} KB"
@@ -145,20 +182,23 @@ def arguments_of(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
     from triton.runtime.jit import MockTensor
 
     from ..triton_kernels.attn_bwd import attn_bwd_dkdv, attn_bwd_dq
+    from ..triton_kernels.attn_bwd_few import attn_bwd_few, attn_bwd_few_reduce
     from ..triton_kernels.attn_fwd import attn_fwd
+    from ..triton_kernels.attn_fwd_split import attn_fwd_combine, attn_fwd_split
     from ..triton_kernels.tile import Shared, Source, Strided
-    from ..triton_kernels.tuning import described, padded, tile
+    from ..triton_kernels.tuning import MAX_SPLITS, described, padded
 
     dtype, dim = DTYPES[config.dtype], config.head_dim
-    everything = config.variant == "everything"
+    everything, one_query = config.variant == "everything", config.pass_.endswith("16")
     f32, u8, i32, i64 = (MockTensor(t) for t in (torch.float32, torch.uint8, torch.int32, torch.int64))
 
     def strided(of: torch.dtype = dtype) -> Any:
         return Strided(MockTensor(of), 16 * 4096 * dim, 4096 * dim, dim)
 
     shared = Shared(
-        1 if config.dtype == "fp32" else None, 0.18, None, None, None, None, None, None, 429496729, 1.1, 16, 4096, 1, 1
-    )
+        1 if config.dtype == "fp32" else None, 0.18, None, None, None, None, None, None, 429496729, 1.1, 16,
+        1 if one_query else 4096, 1, 1,
+    )  # fmt: skip
     if everything:
         shared = shared._replace(
             to_cap=0.01, from_cap=72.0, slopes=f32, slope_batch=16, slope_head=32, seed=i64, group=4
@@ -175,7 +215,7 @@ def arguments_of(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
             bias_batch=16, bias_head=32, offset=16, left=512, right=256, column=4096,
         )  # fmt: skip
     sources = (plain, source) if everything else (plain,)
-    t = tile(config.arch, dtype, dim, config.pass_, everything)
+    t = tile_of(config)
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "D_PAD": padded(dim), "DV_PAD": padded(dim), "BLOCK_M": t.block_m, "BLOCK_N": t.block_n,
         "SOURCES": len(sources), "PRECISION": "ieee", "num_warps": t.num_warps, "num_stages": t.num_stages,
@@ -188,6 +228,24 @@ def arguments_of(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
         return attn_bwd_dq, [
             strided(), strided(), f32, f32, mass, strided(), mass, mass, sources, shared, 0.125, 32,
         ], constants  # fmt: skip
+    if config.pass_.startswith("split"):
+        constants["MASS"] = everything
+        tiles = 1 if one_query else 2
+        return attn_fwd_split, [strided(), f32, f32, f32, sources, shared, 32, tiles, 4096], constants
+    if config.pass_.startswith("few"):
+        grads = tuple(strided() for _ in range(2 * len(sources)))
+        to = (strided(), None) if one_query else (None, f32)  # with one split dq is stored as it is
+        return attn_bwd_few, [
+            strided(), strided(), f32, f32, mass, *to, grads, mass, mass, sources, shared, 0.125,
+            1 if one_query else 32, 4096,
+        ], constants  # fmt: skip
+    if config.pass_ in ("combine", "reduce"):
+        small = {"BLOCK_R": t.block_m, "CHUNK": t.block_n, "num_warps": t.num_warps}
+        if config.pass_ == "reduce":
+            sizes = {"D": dim, "D_PAD": padded(dim)}
+            return attn_bwd_few_reduce, [f32, strided(), 16, 4096, 0.125, 32, 4096], small | sizes
+        sizes = {"DV": dim, "DV_PAD": padded(dim), "SPLITS_PAD": MAX_SPLITS, "SOURCES": len(sources)}
+        return attn_fwd_combine, [f32, f32, f32, sinks, strided(), f32, mass, shared, 32, 4096], small | sizes
     grad_pairs = Strided(f32, 0, 0, 4096, 16) if everything and config.pass_ == "dkdv" else None
     constants |= {"SUM_I": False, "SUM_J": False, "ATOMIC": grad_pairs is not None}
     dq_sum = strided(torch.float32) if config.pass_ == "dkdv1" else None
