@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         chosen,
         next(name for name in [*(args.against or ()), "torch"] if not name.startswith("attnfuse")),
         device,
-        shlex.join(["attnfuse", *_without_out(sys.argv[1:])]),
+        shlex.join(["attnfuse", *_without_out(args.command_line)]),
         args.seconds or SECONDS[args.quick],
         ENTRIES[args.quick] if device == "cpu" else 2.0**28,
         args.passes or PASSES,

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name in argv[:1]:  # the others' modules need not be imported
             import_module(f"attnfuse.cli.{name}").add_arguments(command)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(command_line=argv))
     try:
         code: int = import_module(f"attnfuse.cli.{args.command}").run(args)
     except (ImportError, ValueError) as error:

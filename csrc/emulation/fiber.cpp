@@ -90,6 +90,11 @@ Stacks::~Stacks() { release(); }
 
 void Stacks::release() {
     if (mapping_ != nullptr) {
+#ifdef __SANITIZE_ADDRESS__
+        // Else whoever is given these addresses next, a tensor say, is taken to write into redzones of frames long
+        // gone.
+        __asan_unpoison_memory_region(mapping_, mapping_bytes_);
+#endif
         munmap(mapping_, mapping_bytes_);
         mapping_ = nullptr;
         count_ = 0;
