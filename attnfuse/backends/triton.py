@@ -121,13 +121,13 @@ def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
     are bounded as in `plan_forward`. Also where the plain grid fills the chip: K and V are read once instead of twice.
     need_pairs: the gradient of some source's (i, j) mask is asked for.
     """
-    from ..triton_kernels.tuning import KEYS_PER_ROW, LONG_KEYS, splits
+    from ..triton_kernels.tuning import splits
 
     reason = few_refuses(problem, need_pairs)
     if reason is not None:
         return Plan(0, f"plain, {reason}")
     packed, keys = problem.group * problem.query.shape[2], _visible_keys(problem)
-    if keys < max(LONG_KEYS, KEYS_PER_ROW * packed):
+    if keys < _long_for(packed):
         return Plan(0, f"plain, {keys} visible keys are not long for {packed} rows")
     programs = problem.query.shape[0] * problem.sources[0].key.shape[1]
     found = splits(programs, keys, packed, _multiprocessors(problem))
@@ -137,10 +137,17 @@ def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
 
 def are_few(problem: Problem) -> bool:
     """Whether `dispatch` puts this backend before the CUDA kernels, which leave few queries to few multiprocessors."""
-    from ..triton_kernels.tuning import FEW_ROWS, KEYS_PER_ROW, LONG_KEYS
+    from ..triton_kernels.tuning import FEW_ROWS
 
     packed = problem.group * problem.query.shape[2]
-    return packed <= FEW_ROWS and _visible_keys(problem) >= max(LONG_KEYS, KEYS_PER_ROW * packed)
+    return packed <= FEW_ROWS and _visible_keys(problem) >= _long_for(packed)
+
+
+def _long_for(packed: int) -> int:
+    """From how many keys on the kernels for few queries pay for so many packed rows."""
+    from ..triton_kernels.tuning import KEYS_PER_ROW, LONG_KEYS
+
+    return max(LONG_KEYS, KEYS_PER_ROW * packed)
 
 
 def few_refuses(problem: Problem, need_pairs: bool) -> str | None:
