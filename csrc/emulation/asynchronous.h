@@ -10,6 +10,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "memory.h"
@@ -59,20 +60,29 @@ struct TensorMapFields {
 struct Box {
     TensorMapFields map;
     int at[4];  // column, row, head, batch
-    uint32_t bytes() const { return map.box_rows * 128; }
 };
 
-struct TensorCopy {
+// Bytes in a row.
+struct Stretch {
+    unsigned char* begin;
+    uint32_t bytes;
+};
+
+// What a bulk copy moves of global memory (tma.cpp).
+using Region = std::variant<Box, Stretch>;
+
+struct BulkCopy {
     uint32_t to = 0;
-    Box box;
+    Region region;
     int mbarrier = 0;
     int64_t phase = 0;  // of the mbarrier when it was begun
     Where where;
 };
 
-struct TensorStore {
+struct BulkStore {
     uint32_t from = 0;
-    Box box;
+    Region region;
+    bool adds = false;  // float32 numbers, to what is there
     bool committed = false;
     std::shared_ptr<AsyncDone> done;
     Where where;

@@ -247,8 +247,8 @@ unsigned char* SharedMemory::land(const Thread& thread, const Copy& copy) {
     return memory_.get() + begin;
 }
 
-void SharedMemory::begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where) {
-    const uint32_t first = check(thread, to, bytes, 1024, "begins a copy to", where), end = first + bytes / 2;
+void SharedMemory::begin_bulk_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where) {
+    const uint32_t first = check(thread, to, bytes, 16, "begins a copy to", where), end = first + bytes / 2;
     const Access me = stamp(thread, where);
     check_async_reads(thread, first, end, "begins a copy to", where);
     for (uint32_t i = first; i < end; ++i) {
@@ -260,7 +260,7 @@ void SharedMemory::begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t
     std::erase_if(async_reads_, [&](const AsyncRead& read) { return read.begin >= first && read.end <= end; });
 }
 
-void SharedMemory::land_tensor_copy(
+void SharedMemory::land_bulk_copy(
     const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where) {
     const Access writer{block.first_epoch, time, 0, static_cast<uint16_t>(kAgents + mbarrier), line_id(where)};
     for (uint32_t i = (to - kSharedBase) / 2; i < (to - kSharedBase + bytes) / 2; ++i) {

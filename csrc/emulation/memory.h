@@ -61,9 +61,9 @@ class SharedMemory {
     void begin_copy(const Thread& thread, const Copy& copy);
     unsigned char* land(const Thread& thread, const Copy& copy);
 
-    // The same of tensor copies, which write behind threads' backs: what threads have written there must be fenced.
-    void begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where);
-    void land_tensor_copy(const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where);
+    // The same of bulk copies, which write behind threads' backs: what threads have written there must be fenced.
+    void begin_bulk_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where);
+    void land_bulk_copy(const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where);
     // From here until `done` nobody may write to the bytes; all that was written to them is there, and fenced.
     void begin_async_read(
         const Thread& thread, uint32_t from, uint32_t bytes, const std::shared_ptr<AsyncDone>& done, Where where);
