@@ -24,7 +24,7 @@ inline int multiprocessors = 2;
 // Whether this thread of the host has made a device current, without which a driver makes no tensor map.
 inline thread_local bool has_context = false;
 
-// Rows that ldmatrix had to read one after another since the process began.
+// Rows that ldmatrix had to read, or stmatrix to write, one after another since the process began.
 inline int64_t bank_conflicts = 0;
 
 inline void set_seed(uint64_t value) { seed = value; }
