@@ -104,10 +104,18 @@ struct Accumulators {
     Where where;
 };
 
+// Where A is, and which way rows in shared memory run if not along K.
+struct ProductForm {
+    bool a_in_registers = false;
+    bool a_along_m = false;
+    bool b_along_n = false;
+    bool operator==(const ProductForm&) const = default;
+};
+
 struct Product {
     std::shared_ptr<Accumulators> to;
     bool accumulate = false;
-    bool transposed = false;  // A from registers, B with rows along N
+    ProductForm form;
     bool is_bf16 = false;
     uint64_t a = 0, b = 0;
     const uint32_t* lanes[32] = {};  // A's registers
@@ -129,7 +137,8 @@ struct WarpgroupLog {
     struct Entry {
         uint64_t a, b;
         int columns;
-        bool transposed, accumulate;
+        ProductForm form;
+        bool accumulate;
         Where where;
     };
     std::deque<Entry> entries;
