@@ -126,8 +126,10 @@ class GlobalWrites {
   public:
     void clear();
     void load(const Thread& thread, const void* from, std::size_t bytes, Where where);
-    void store(const Thread& thread, const void* to, std::size_t bytes, Where where);
-    void add(const Thread& thread, const void* to, Where where);
+    // by_copy: by a bulk copy, which is waited for only until it has read shared memory: when the numbers are in global
+    // memory, nothing in the launch tells.
+    void store(const Thread& thread, const void* to, std::size_t bytes, Where where, bool by_copy = false);
+    void add(const Thread& thread, const void* to, Where where, bool by_copy = false);
 
   private:
     struct Entry {
@@ -136,6 +138,7 @@ class GlobalWrites {
         int32_t block = 0;
         Access writer;
         bool stored = false;
+        bool by_copy = false;
         bool many_threads = false;
         bool many_blocks = false;
     };

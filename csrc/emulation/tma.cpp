@@ -60,7 +60,7 @@ void check_box(const char* verb, const Region& region, uint32_t address, Where w
 
 void add_floats(const Thread& thread, unsigned char* to, const unsigned char* from, uint32_t bytes, Where where) {
     for (uint32_t i = 0; i < bytes; i += sizeof(float)) {
-        global_writes.add(thread, to + i, where);
+        global_writes.add(thread, to + i, where, true);
         float sum, x;
         std::memcpy(&sum, to + i, sizeof sum);
         std::memcpy(&x, from + i, sizeof x);
@@ -172,6 +172,7 @@ void maybe_land_copy(Block& block) {
 void begin_bulk_store(SharedAddress from, const Region& region, bool adds, Where where) {
     maybe_yield();
     Thread& thread = *current;
+    start_clocks(*thread.block);
     check_box("stores", region, from, where);
     BulkStore store{from, region, adds, false, std::make_shared<AsyncDone>(), where};
     store.done->first_thread = thread.index;
@@ -198,12 +199,12 @@ void wait_for_bulk_stores() {
             if (store.adds) {
                 add_floats(thread, to, numbers, bytes, store.where);
             } else if (to != nullptr) {
-                global_writes.store(thread, to, bytes, store.where);
+                global_writes.store(thread, to, bytes, store.where, true);
                 std::memcpy(to, numbers, bytes);
             }
         });
         store.done->complete = true;
-        store.done->times[0] = thread.clock.empty() ? 0 : thread.clock[thread.index];
+        store.done->times[0] = thread.clock[thread.index];
     }
     std::erase_if(thread.stores, [](const BulkStore& store) { return store.committed; });
 }
