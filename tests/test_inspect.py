@@ -223,6 +223,26 @@ def test_never_executed_instructions_are_issued_and_nothing_else() -> None:
     assert cost(synthetic(469, "LDS.128 R4, [R1]"), FA3, 90).shared == plain.shared + 8 * 512 / 128
 
 
+def test_shared_memory_is_counted_whichever_way_it_goes() -> None:
+    """A product reads what is not in registers, transposed or not; a bulk copy does not say what it moves."""
+    work = Work(64, 64, 4, (16,))
+
+    def moved(line: str) -> tuple[float, dict[str, int]]:
+        """Bytes of one iteration for the four warps, beside the product's, and the mix."""
+        product = "HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR16].tnspB, R24, gsb0"
+        with_it, without = (loops(code(f"head: {product}\n{x}@P0 BRA head\nEXIT"))[0] for x in (f"{line}\n", ""))
+        c = cost(with_it, work, 90)
+        return (c.shared - cost(without, work, 90).shared) * 128, dict(c.mix)
+
+    assert moved("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4].tnspA, R24, gsb0")[0] == 2 * 64 * 16 * 2
+    assert moved("HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR4].tnspB, R24, gsb0")[0] == 64 * 16 * 2
+    bytes_stored, mix = moved("STSM.16.MT88.4 [R4], R8")
+    assert bytes_stored == 4 * 512 and mix["shared"] == 1
+    for name in ("UBLKCP.S.G [UR4], [UR8], UR6", "UBLKRED.G.S.ADD.F32.RN [UR8], [UR4], UR6"):
+        assert moved(name)[0] == 0 and moved(name)[1]["copy"] == 1
+    assert moved("REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R4")[1]["copy"] == 1
+
+
 def test_wgmma_that_is_waited_for_hides_nothing() -> None:
     text = "head: HGMMA.64x128x16.F32.BF16 R24, gdesc[UR20], R24, gsb0\n WARPGROUP.DEPBAR.LE gsb0, 0x0\n"
     (loop,) = loops(code(text + "MUFU.EX2 R1, R1\n @P0 BRA head\nEXIT"))

@@ -17,9 +17,10 @@
 namespace attnfuse {
 
 // A matrix in shared memory in rows of 128 bytes, the chunks of which stand as tma_load puts them. Eight rows are an
-// atom of 1024 bytes. Rows that run along K (left and right operand of wgmma): stride is from one atom to the next,
-// leading is not used. Rows that run along N (wgmma_transposed): stride is from eight rows to the next eight, leading
-// from 64 columns to the next 64.
+// atom of 1024 bytes. Rows that run along K (wgmma, and the right operand of wgmma_left_transposed): stride is from one
+// atom to the next, leading is not used. Rows that run along N (wgmma_transposed) or M (the left operand of
+// wgmma_left_transposed): stride is from eight rows to the next eight, leading from 64 columns to the next 64. M is 64,
+// so that there leading is not used.
 using MatrixDescriptor = uint64_t;
 __device__ __forceinline__ MatrixDescriptor matrix_descriptor(SharedAddress start, uint32_t leading, uint32_t stride) {
     constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
@@ -64,17 +65,25 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
 }
 
 // One instruction for each N. What differs: the list of d's registers, and the numbers of the operands behind them.
-#define WGMMA_LIST_32                                                        \
+#define WGMMA_LIST_24                                                        \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+    "%16, %17, %18, %19, %20, %21, %22, %23"
+#define WGMMA_LIST_32 \
+    WGMMA_LIST_24     \
+    ", "              \
+    "%24, %25, %26, %27, %28, %29, %30, %31"
 #define WGMMA_LIST_40 \
     WGMMA_LIST_32     \
     ", "              \
     "%32, %33, %34, %35, %36, %37, %38, %39"
-#define WGMMA_LIST_56 \
+#define WGMMA_LIST_48 \
     WGMMA_LIST_40     \
     ", "              \
-    "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"
+    "%40, %41, %42, %43, %44, %45, %46, %47"
+#define WGMMA_LIST_56 \
+    WGMMA_LIST_48     \
+    ", "              \
+    "%48, %49, %50, %51, %52, %53, %54, %55"
 #define WGMMA_LIST_64 \
     WGMMA_LIST_56     \
     ", "              \
@@ -87,13 +96,14 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define WGMMA_D_8(n)                                                                                            \
-    WGMMA_D(n), WGMMA_D(n + 1), WGMMA_D(n + 2), WGMMA_D(n + 3), WGMMA_D(n + 4), WGMMA_D(n + 5), WGMMA_D(n + 6), \
-        WGMMA_D(n + 7)
-#define WGMMA_D_32 WGMMA_D_8(0)
-#define WGMMA_D_40 WGMMA_D_32, WGMMA_D(8), WGMMA_D(9)
-#define WGMMA_D_56 WGMMA_D_40, WGMMA_D(10), WGMMA_D(11), WGMMA_D(12), WGMMA_D(13)
-#define WGMMA_D_64 WGMMA_D_32, WGMMA_D_8(8)
+#define WGMMA_D_2(n) WGMMA_D(n), WGMMA_D(n + 1)
+#define WGMMA_D_8(n) WGMMA_D_2(n), WGMMA_D_2(n + 2), WGMMA_D_2(n + 4), WGMMA_D_2(n + 6)
+#define WGMMA_D_24 WGMMA_D_2(0), WGMMA_D_2(2), WGMMA_D_2(4)
+#define WGMMA_D_32 WGMMA_D_24, WGMMA_D_2(6)
+#define WGMMA_D_40 WGMMA_D_32, WGMMA_D_2(8)
+#define WGMMA_D_48 WGMMA_D_40, WGMMA_D_2(10)
+#define WGMMA_D_56 WGMMA_D_48, WGMMA_D_2(12)
+#define WGMMA_D_64 WGMMA_D_56, WGMMA_D_2(14)
 #define WGMMA_D_128 WGMMA_D_64, WGMMA_D_8(16), WGMMA_D_8(24)
 
 #define WGMMA_PRODUCT(N, TYPES, REGISTERS, A, B, ADD, IMMEDIATES, ...)                                         \
@@ -103,7 +113,8 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
                  : __VA_ARGS__, "r"(static_cast<int>(accumulate)))
 
 // wgmma: d (+)= A B^T, both in shared memory with rows along K. wgmma_transposed: d (+)= A B, A in registers (they
-// belong to the product like d), B in shared memory with rows along N.
+// belong to the product like d), B in shared memory with rows along N. wgmma_left_transposed: d (+)= A^T B^T, both in
+// shared memory, A with rows along M and B with rows along K.
 #define WGMMA_DECLARE(N, REGISTERS, I0, I1, I2, I3, I4, I5)                                                       \
     template <typename T>                                                                                         \
     __device__ __forceinline__ void wgmma(                                                                        \
@@ -112,6 +123,15 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
             WGMMA_PRODUCT(N, "bf16.bf16", REGISTERS, I0, I1, I2, "0, 0", "l"(a), "l"(b));                         \
         } else {                                                                                                  \
             WGMMA_PRODUCT(N, "f16.f16", REGISTERS, I0, I1, I2, "0, 0", "l"(a), "l"(b));                           \
+        }                                                                                                         \
+    }                                                                                                             \
+    template <typename T>                                                                                         \
+    __device__ __forceinline__ void wgmma_left_transposed(                                                        \
+        float (&d)[N / 8][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {                          \
+        if constexpr (std::is_same_v<T, bf16>) {                                                                  \
+            WGMMA_PRODUCT(N, "bf16.bf16", REGISTERS, I0, I1, I2, "1, 0", "l"(a), "l"(b));                         \
+        } else {                                                                                                  \
+            WGMMA_PRODUCT(N, "f16.f16", REGISTERS, I0, I1, I2, "1, 0", "l"(a), "l"(b));                           \
         }                                                                                                         \
     }                                                                                                             \
     template <typename T>                                                                                         \
@@ -127,8 +147,10 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
                 "r"(a[2]), "r"(a[3]), "l"(b));                                                                    \
         }                                                                                                         \
     }
+WGMMA_DECLARE(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")
 WGMMA_DECLARE(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 WGMMA_DECLARE(80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
+WGMMA_DECLARE(96, 48, "%48", "%49", "%50", "%51", "%52", "%53")
 WGMMA_DECLARE(112, 56, "%56", "%57", "%58", "%59", "%60", "%61")
 WGMMA_DECLARE(128, 64, "%64", "%65", "%66", "%67", "%68", "%69")
 WGMMA_DECLARE(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
@@ -138,14 +160,19 @@ WGMMA_DECLARE(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef WGMMA_D_128
 #undef WGMMA_D_64
 #undef WGMMA_D_56
+#undef WGMMA_D_48
 #undef WGMMA_D_40
 #undef WGMMA_D_32
+#undef WGMMA_D_24
 #undef WGMMA_D_8
+#undef WGMMA_D_2
 #undef WGMMA_D
 #undef WGMMA_LIST_128
 #undef WGMMA_LIST_64
 #undef WGMMA_LIST_56
+#undef WGMMA_LIST_48
 #undef WGMMA_LIST_40
 #undef WGMMA_LIST_32
+#undef WGMMA_LIST_24
 
 }  // namespace attnfuse

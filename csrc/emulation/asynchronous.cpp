@@ -48,7 +48,7 @@ void start_asynchronous(Block& block) {
     for (NamedBarrier& barrier : block.named_barriers) {
         barrier = {};
     }
-    block.tensor_copies.clear();
+    block.bulk_copies.clear();
     block.products.assign((threads + 127) / 128, {});
     // What launch bounds leave a thread of a block that has a multiprocessor to itself, in steps of 8.
     const int registers = std::min(65536 / threads / 8 * 8, 255);
@@ -83,9 +83,9 @@ void check_thread_end(Thread& thread) {
 
 void check_block_end(Block& block) {
     const std::string name = "block " + std::to_string(block.index) + " ended ";
-    if (!block.tensor_copies.empty()) {
+    if (!block.bulk_copies.empty()) {
         fail(
-            name + "with a copy in flight: it was begun at " + place(block.tensor_copies[0].where) +
+            name + "with a copy in flight: it was begun at " + place(block.bulk_copies[0].where) +
             " and never waited for");
     }
     for (const Mbarrier& barrier : block.mbarriers) {

@@ -10,6 +10,7 @@
 #include <deque>
 #include <memory>
 #include <string>
+#include <variant>
 #include <vector>
 
 #include "memory.h"
@@ -59,20 +60,29 @@ struct TensorMapFields {
 struct Box {
     TensorMapFields map;
     int at[4];  // column, row, head, batch
-    uint32_t bytes() const { return map.box_rows * 128; }
 };
 
-struct TensorCopy {
+// Bytes in a row.
+struct Stretch {
+    unsigned char* begin;
+    uint32_t bytes;
+};
+
+// What a bulk copy moves of global memory (tma.cpp).
+using Region = std::variant<Box, Stretch>;
+
+struct BulkCopy {
     uint32_t to = 0;
-    Box box;
+    Region region;
     int mbarrier = 0;
     int64_t phase = 0;  // of the mbarrier when it was begun
     Where where;
 };
 
-struct TensorStore {
+struct BulkStore {
     uint32_t from = 0;
-    Box box;
+    Region region;
+    bool adds = false;  // float32 numbers, to what is there
     bool committed = false;
     std::shared_ptr<AsyncDone> done;
     Where where;
@@ -94,10 +104,18 @@ struct Accumulators {
     Where where;
 };
 
+// Where A is, and which way rows in shared memory run if not along K.
+struct ProductForm {
+    bool a_in_registers = false;
+    bool a_along_m = false;
+    bool b_along_n = false;
+    bool operator==(const ProductForm&) const = default;
+};
+
 struct Product {
     std::shared_ptr<Accumulators> to;
     bool accumulate = false;
-    bool transposed = false;  // A from registers, B with rows along N
+    ProductForm form;
     bool is_bf16 = false;
     uint64_t a = 0, b = 0;
     const uint32_t* lanes[32] = {};  // A's registers
@@ -119,7 +137,8 @@ struct WarpgroupLog {
     struct Entry {
         uint64_t a, b;
         int columns;
-        bool transposed, accumulate;
+        ProductForm form;
+        bool accumulate;
         Where where;
     };
     std::deque<Entry> entries;

@@ -31,6 +31,12 @@ struct LoadArguments {
     Where where;
 };
 
+struct StoreArguments {
+    const uint32_t* fragment;
+    SharedAddress row;
+    Where where;
+};
+
 struct ProductArguments {
     float* d;
     const uint32_t* a;
@@ -65,12 +71,13 @@ void execute_ballot(Warp& warp) {
     }
 }
 
-// A matrix's eight rows are read at once if they lie in eight different groups of four banks.
+// A matrix's eight rows are read or written at once if they lie in eight different groups of four banks.
+template <typename Arguments>
 void count_bank_conflicts(Warp& warp) {
     for (int matrix = 0; matrix < 4; ++matrix) {
         uint32_t groups = 0;
         for (int row = 0; row < 8; ++row) {
-            groups |= 1u << (arguments_of<LoadArguments>(warp, 8 * matrix + row).row / 16 % 8);
+            groups |= 1u << (arguments_of<Arguments>(warp, 8 * matrix + row).row / 16 % 8);
         }
         bank_conflicts += 8 - std::popcount(groups);
     }
@@ -78,7 +85,7 @@ void count_bank_conflicts(Warp& warp) {
 
 template <bool Transposed>
 void execute_ldmatrix(Warp& warp) {
-    count_bank_conflicts(warp);
+    count_bank_conflicts<LoadArguments>(warp);
     uint16_t rows[4][8][8];  // matrix, row, column
     for (int lane = 0; lane < 32; ++lane) {
         const auto& mine = arguments_of<LoadArguments>(warp, lane);
@@ -94,6 +101,24 @@ void execute_ldmatrix(Warp& warp) {
             const uint32_t high = Transposed ? m[pair + 1][group] : m[group][pair + 1];
             fragment[matrix] = low | high << 16;
         }
+    }
+}
+
+void execute_stmatrix_transposed(Warp& warp) {
+    count_bank_conflicts<StoreArguments>(warp);
+    uint16_t rows[4][8][8];  // matrix, row, column
+    for (int lane = 0; lane < 32; ++lane) {
+        const uint32_t* const fragment = arguments_of<StoreArguments>(warp, lane).fragment;
+        const int group = lane / 4, pair = 2 * (lane % 4);
+        for (int matrix = 0; matrix < 4; ++matrix) {
+            rows[matrix][pair][group] = static_cast<uint16_t>(fragment[matrix]);
+            rows[matrix][pair + 1][group] = static_cast<uint16_t>(fragment[matrix] >> 16);
+        }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+        const auto& mine = arguments_of<StoreArguments>(warp, lane);
+        const Thread& thread = warp.threads[lane];
+        std::memcpy(thread.block->shared.write(thread, mine.row, 16, mine.where), rows[lane / 8][lane % 8], 16);
     }
 }
 
@@ -138,6 +163,7 @@ constexpr Collective kShuffle{"shuffle_xor", execute_shuffle};
 constexpr Collective kBallot{"ballot", execute_ballot};
 constexpr Collective kLoad{"ldmatrix_x4", execute_ldmatrix<false>};
 constexpr Collective kLoadTransposed{"ldmatrix_x4_trans", execute_ldmatrix<true>};
+constexpr Collective kStoreTransposed{"stmatrix_x4_trans", execute_stmatrix_transposed};
 template <typename T>
 constexpr Collective kProduct{"mma_m16n8k16", execute_product<T>};
 
@@ -160,6 +186,11 @@ uint32_t ballot(bool vote, Where where) {
 void ldmatrix(uint32_t (&fragment)[4], SharedAddress row, bool transposed, Where where) {
     LoadArguments arguments{fragment, row, where};
     meet(transposed ? kLoadTransposed : kLoad, &arguments, where);
+}
+
+void stmatrix_transposed(SharedAddress row, const uint32_t (&fragment)[4], Where where) {
+    StoreArguments arguments{fragment, row, where};
+    meet(kStoreTransposed, &arguments, where);
 }
 
 template <typename T>

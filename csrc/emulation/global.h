@@ -41,5 +41,13 @@ inline void add_global(float* to, float x, emulation::Where where = emulation::W
     emulation::global_writes.add(*emulation::current, to, where);
     *to += x;
 }
+inline void add_global_128(float* to, const float (&x)[4], emulation::Where where = emulation::Where::current()) {
+    emulation::maybe_yield();
+    emulation::check_aligned(to, sizeof x, where);
+    for (int i = 0; i < 4; ++i) {
+        emulation::global_writes.add(*emulation::current, to + i, where);
+        to[i] += x[i];
+    }
+}
 
 }  // namespace attnfuse

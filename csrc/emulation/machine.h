@@ -24,7 +24,7 @@ inline int multiprocessors = 2;
 // Whether this thread of the host has made a device current, without which a driver makes no tensor map.
 inline thread_local bool has_context = false;
 
-// Rows that ldmatrix had to read one after another since the process began.
+// Rows that ldmatrix had to read, or stmatrix to write, one after another since the process began.
 inline int64_t bank_conflicts = 0;
 
 inline void set_seed(uint64_t value) { seed = value; }
@@ -65,7 +65,7 @@ struct Thread {
     std::vector<uint32_t> proxy_fences;  // its own clock at each
     std::vector<int64_t> phases;         // of each mbarrier, the last that it has waited for
     std::vector<FencedRegisters> fenced;
-    std::vector<TensorStore> stores;  // not yet known to have been read
+    std::vector<BulkStore> stores;  // not yet known to have been read
     int registers = 0;
 };
 
@@ -88,7 +88,7 @@ struct Block {
     bool clocked = false;  // whether threads have clocks: from the first asynchronous barrier on
     std::vector<Mbarrier> mbarriers;
     NamedBarrier named_barriers[16];
-    std::vector<TensorCopy> tensor_copies;  // in flight
+    std::vector<BulkCopy> bulk_copies;  // in flight
     std::vector<WarpgroupLog> products;
     int free_registers = 0;
     std::vector<Thread*> want_registers;

@@ -30,7 +30,7 @@ void complete_if_done(Block& block, Mbarrier& barrier, Where where) {
     if (barrier.bytes != 0) {
         return;
     }
-    for (const TensorCopy& copy : block.tensor_copies) {
+    for (const BulkCopy& copy : block.bulk_copies) {
         if (copy.mbarrier == barrier.index) {
             fail(
                 "with what happened at " + place(where) + phase + "completes while the copy begun at " +

@@ -247,8 +247,8 @@ unsigned char* SharedMemory::land(const Thread& thread, const Copy& copy) {
     return memory_.get() + begin;
 }
 
-void SharedMemory::begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where) {
-    const uint32_t first = check(thread, to, bytes, 1024, "begins a copy to", where), end = first + bytes / 2;
+void SharedMemory::begin_bulk_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where) {
+    const uint32_t first = check(thread, to, bytes, 16, "begins a copy to", where), end = first + bytes / 2;
     const Access me = stamp(thread, where);
     check_async_reads(thread, first, end, "begins a copy to", where);
     for (uint32_t i = first; i < end; ++i) {
@@ -260,7 +260,7 @@ void SharedMemory::begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t
     std::erase_if(async_reads_, [&](const AsyncRead& read) { return read.begin >= first && read.end <= end; });
 }
 
-void SharedMemory::land_tensor_copy(
+void SharedMemory::land_bulk_copy(
     const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where) {
     const Access writer{block.first_epoch, time, 0, static_cast<uint16_t>(kAgents + mbarrier), line_id(where)};
     for (uint32_t i = (to - kSharedBase) / 2; i < (to - kSharedBase + bytes) / 2; ++i) {
@@ -348,47 +348,48 @@ void GlobalWrites::load(const Thread& thread, const void* from, std::size_t byte
     }
     for (std::size_t i = 0; i < bytes; i += 4) {
         const Entry& entry = find(reinterpret_cast<uintptr_t>(from) + i);
-        if (entry.launch == launch_ && (entry.many_blocks || entry.block != thread.block->index ||
+        if (entry.launch == launch_ && (entry.many_blocks || entry.by_copy || entry.block != thread.block->index ||
                                         unordered(entry.writer, stamp(thread, where), thread))) {
             fail_after(entry, thread, "loads", where);
         }
     }
 }
 
-void GlobalWrites::store(const Thread& thread, const void* to, std::size_t bytes, Where where) {
+void GlobalWrites::store(const Thread& thread, const void* to, std::size_t bytes, Where where, bool by_copy) {
     const Access me = stamp(thread, where);
     const int32_t block = thread.block->index;
     for (std::size_t i = 0; i < bytes; i += 4) {
         const uintptr_t address = reinterpret_cast<uintptr_t>(to) + i;
         Entry& entry = insert(address);
         if (entry.launch == launch_) {
-            if (entry.many_threads || entry.block != block || entry.writer.thread != me.thread) {
+            if (entry.many_threads || entry.by_copy || entry.block != block || entry.writer.thread != me.thread) {
                 fail_after(entry, thread, "stores to", where);
             }
         } else {
             ++used_;
         }
-        entry = {address, launch_, block, me, true, false, false};
+        entry = {address, launch_, block, me, true, by_copy, false, false};
     }
 }
 
-void GlobalWrites::add(const Thread& thread, const void* to, Where where) {
+void GlobalWrites::add(const Thread& thread, const void* to, Where where, bool by_copy) {
     const Access me = stamp(thread, where);
     const int32_t block = thread.block->index;
     const auto address = reinterpret_cast<uintptr_t>(to);
     Entry& entry = insert(address);
     if (entry.launch != launch_) {
         ++used_;
-        entry = {address, launch_, block, me, false, false, false};
+        entry = {address, launch_, block, me, false, by_copy, false, false};
         return;
     }
     const bool other_block = entry.block != block;
     const bool other_thread = other_block || entry.writer.thread != me.thread;
-    if (entry.stored && other_thread) {
+    if (entry.stored && (other_thread || entry.by_copy || by_copy)) {
         fail_after(entry, thread, "adds to", where);
     }
     entry.many_blocks |= other_block;
     entry.many_threads |= other_thread;
+    entry.by_copy |= by_copy;
     entry.block = block;
     entry.writer = me;
 }

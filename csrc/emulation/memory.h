@@ -61,9 +61,9 @@ class SharedMemory {
     void begin_copy(const Thread& thread, const Copy& copy);
     unsigned char* land(const Thread& thread, const Copy& copy);
 
-    // The same of tensor copies, which write behind threads' backs: what threads have written there must be fenced.
-    void begin_tensor_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where);
-    void land_tensor_copy(const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where);
+    // The same of bulk copies, which write behind threads' backs: what threads have written there must be fenced.
+    void begin_bulk_copy(const Thread& thread, uint32_t to, uint32_t bytes, Where where);
+    void land_bulk_copy(const Block& block, uint32_t to, uint32_t bytes, int mbarrier, uint32_t time, Where where);
     // From here until `done` nobody may write to the bytes; all that was written to them is there, and fenced.
     void begin_async_read(
         const Thread& thread, uint32_t from, uint32_t bytes, const std::shared_ptr<AsyncDone>& done, Where where);
@@ -126,8 +126,10 @@ class GlobalWrites {
   public:
     void clear();
     void load(const Thread& thread, const void* from, std::size_t bytes, Where where);
-    void store(const Thread& thread, const void* to, std::size_t bytes, Where where);
-    void add(const Thread& thread, const void* to, Where where);
+    // by_copy: by a bulk copy, which is waited for only until it has read shared memory: when the numbers are in global
+    // memory, nothing in the launch tells.
+    void store(const Thread& thread, const void* to, std::size_t bytes, Where where, bool by_copy = false);
+    void add(const Thread& thread, const void* to, Where where, bool by_copy = false);
 
   private:
     struct Entry {
@@ -136,6 +138,7 @@ class GlobalWrites {
         int32_t block = 0;
         Access writer;
         bool stored = false;
+        bool by_copy = false;
         bool many_threads = false;
         bool many_blocks = false;
     };

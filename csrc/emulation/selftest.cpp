@@ -115,6 +115,58 @@ void check_ldmatrix() {
     }
 }
 
+// The registers of four matrices of distinct numbers, stored in rows 48 bytes apart: matrix m in columns 8 (m % 2) on of
+// rows 8 (m / 2) on. In shared memory a matrix is transposed, and loads as it was by ldmatrix_x4_trans.
+constexpr int kStmatrixLine = __LINE__ + 7;
+__global__ void kernel_stmatrix(Buffers buffers) {
+    const SharedAddress base = shared_base();
+    const int lane = lane_index(), g = lane / 4, pair = 2 * (lane % 4);
+    uint32_t given[4], back[4];
+    for (int m = 0; m < 4; ++m) { given[m] = static_cast<uint32_t>(m * 64 + g * 8 + pair) | static_cast<uint32_t>(m * 64 + g * 8 + pair + 1) << 16; }
+    const SharedAddress row = base + (lane / 16 * 8 + lane % 8) * 48 + lane / 8 % 2 * 16;
+    stmatrix_x4_trans(buffers.choice == 1 ? row + 8 : buffers.choice == 2 ? base + lane / 2 * 48 : row, given);
+    if (buffers.choice == 3 && lane == 9) { store_shared_16(base + 16, 0); }
+    if (buffers.choice != 4) { warp_sync(); }
+    uint16_t* const out = static_cast<uint16_t*>(buffers.out);
+    for (int i = lane; i < 256; i += 32) { store_global(out + i, load_shared_16(base + i / 16 * 48 + i % 16 * 2)); }
+    ldmatrix_x4_trans(back, row);
+    for (int m = 0; m < 4; ++m) { store_global(static_cast<uint32_t*>(buffers.out) + 128 + lane * 4 + m, back[m] ^ given[m]); }
+}
+
+void check_stmatrix() {
+    std::vector<uint32_t> out(256, 1);
+    const int64_t before = emulation::bank_conflicts;
+    start(kernel_stmatrix, 1, 32, 16 * 48, {nullptr, out.data()});
+    // Rows 48 bytes apart lie in eight different groups of banks, and are read as they were written.
+    expect(emulation::bank_conflicts == before, "no bank conflicts");
+    for (int row = 0; row < 16; ++row) {
+        for (int column = 0; column < 16; ++column) {
+            const uint32_t at = row * 16 + column;
+            const uint32_t stored = out[at / 2] >> at % 2 * 16 & 0xffff;
+            const int m = row / 8 * 2 + column / 8;
+            expect(stored == static_cast<uint32_t>(m * 64 + column % 8 * 8 + row % 8), "stmatrix_trans's layout");
+        }
+    }
+    for (int i = 128; i < 256; ++i) { expect(out[i] == 0, "what was stored to load as it was"); }
+    const auto choice = [&](int number) { return [&out, number] { start(kernel_stmatrix, 1, 32, 16 * 48, {nullptr, out.data(), number}); }; };
+    const std::string stored = "at " + line(kStmatrixLine);
+    expect_error(choice(1), {"block 0, thread 0 " + stored, "writes 16 bytes of shared memory at byte 8, which is not a multiple of 16"});
+    expect_error(choice(2), {"race in block 0 on shared memory at byte 0: written by thread 0 " + stored, "written by thread 1 " + stored});
+    expect_error(choice(3), {"byte 16: written by thread 8 " + stored, "written by thread 9 at " + line(kStmatrixLine + 1), "no barrier"});
+    expect_error(choice(4), {"written by thread ", stored, "read by thread ", "at " + line(kStmatrixLine + 4), "no barrier"});
+}
+
+__global__ void kernel_stmatrix_conflicts(Buffers) {
+    const uint32_t zeros[4] = {};
+    stmatrix_x4_trans(shared_base() + lane_index() * 128, zeros);
+}
+
+void check_stmatrix_conflicts() {
+    const int64_t before = emulation::bank_conflicts;
+    start(kernel_stmatrix_conflicts, 1, 32, 32 * 128);
+    expect(emulation::bank_conflicts == before + 4 * 7, "seven of a matrix's eight rows to wait");
+}
+
 int a_number(int row, int k) { return (row * 7 + k * 3) % 17 - 8; }
 int b_number(int k, int column) { return (k * 5 + column * 11) % 13 - 6; }
 int d_number(int row, int column) { return row * 8 + column; }
@@ -241,6 +293,20 @@ void check_atomics() {
         changes += arrivals[i] != arrivals[i - 1];
     }
     expect(changes == 5, "one block at a time where one is resident");
+}
+
+__global__ void kernel_atomics_128(Buffers buffers) {
+    const float x[4] = {1.0f, 2.0f, 3.0f, 4.0f};
+    float* const to = static_cast<float*>(buffers.out) + thread_index() % 2 * 4;
+    if (buffers.choice == 1 && block_index() == 1) { store_global(to, 0.0f); }
+    add_global_128(to, x);
+}
+
+void check_atomics_128() {
+    alignas(16) float out[8] = {};
+    start(kernel_atomics_128, 6, 64, 0, {nullptr, out});
+    for (int i = 0; i < 8; ++i) { expect(out[i] == static_cast<float>((i % 4 + 1) * 6 * 32), "every addition to be counted"); }
+    expect_error([&] { start(kernel_atomics_128, 6, 64, 0, {nullptr, out, 1}); }, {"block ", "a global address that block ", "nothing in the launch orders the two"});
 }
 
 __global__ void kernel_uninitialised(Buffers buffers) {
@@ -475,6 +541,7 @@ __global__ void kernel_address(Buffers buffers) {
         case 6: cp_async_16(base, static_cast<const char*>(buffers.in) + 4, true); break;
         case 7: load_global(reinterpret_cast<const float*>(static_cast<const char*>(buffers.in) + 2)); break;
         case 8: store_global_128(static_cast<char*>(buffers.out) + 8, {}); break;
+        case 9: add_global_128(static_cast<float*>(buffers.out) + 2, {0.0f, 0.0f, 0.0f, 0.0f}); break;
         default: break;
     }
 }
@@ -490,6 +557,7 @@ void check_addresses() {
         {"begins a copy to 16 bytes of shared memory at byte 80, outside the block's 90"},
         {"accesses 16 bytes of global memory at an address that is not a multiple of 16"},
         {"accesses 4 bytes of global memory at an address that is not a multiple of 4"},
+        {"accesses 16 bytes of global memory at an address that is not a multiple of 16"},
         {"accesses 16 bytes of global memory at an address that is not a multiple of 16"},
     };
     for (int choice = 0; choice < static_cast<int>(parts.size()); ++choice) {
@@ -650,6 +718,8 @@ int main() {
         {"indices", check_indices},
         {"shuffle and ballot", check_shuffle_and_ballot},
         {"ldmatrix", check_ldmatrix},
+        {"stmatrix", check_stmatrix},
+        {"stmatrix's bank conflicts", check_stmatrix_conflicts},
         {"mma bf16", check_mma<bf16>},
         {"mma fp16", check_mma<fp16>},
         {"bf16", [] { check_format<bf16>(0x1.fep127f, 0x1.ffp127f); }},
@@ -657,6 +727,7 @@ int main() {
         {"functions of numbers", check_functions},
         {"barrier and seeds", check_seeds},
         {"atomics over interleaved blocks", check_atomics},
+        {"atomics of 16 bytes", check_atomics_128},
         {"uninitialised shared memory", check_uninitialised},
         {"copies and zero fill", check_copies},
         {"copies land late", check_late_copy},

@@ -24,11 +24,14 @@ enum Fault {
     // products
     kNoProductFence, kTouchedAfterFence, kReadEarly, kWrittenEarly, kOperandOverwritten, kLaxWait, kNoWait,
     kUnnamedRegisters, kSharedOverwritten, kCopyOverOperand, kNoSwizzle, kOtherProduct, kWarpLeavesOut, kWrongAtoms,
+    kWrongStride, kFarStride, kOtherForm,
     // copies and mbarriers
     kNotWaited, kFewerBytes, kMoreBytes, kWrongParity, kSamePhaseTwice, kNoBarrierAfterInit, kNoFenceAfterInit,
     kTooManyArrivals, kTooFewArrivals, kOffAtom, kNoMap, kNoMbarrier, kOverMbarrier, kLeftInFlight, kLateWaiter,
     // proxies and stores
     kNoProxyFence, kFenceByAnother, kStoreNoFence, kStoreNotRead, kStoreOverwritten,
+    // stretches
+    kOddBytes, kOddShared, kOddFrom, kOddTo, kOutside, kNotCommitted, kLoadOverStore, kAddedAndLoaded, kStoredAndAdded, kStoredAndLoaded,
 };
 
 template <typename Params>
@@ -80,12 +83,19 @@ struct Products {
 
 constexpr int kDepth = 64;
 
-// out (64, N) = A (64, 64) B in four products, two groups of two. A comes from shared memory, or with Transposed from
-// registers and B with rows along N. One warp of the first warpgroup copies, the second warpgroup multiplies.
+// Which of the three, and how its operands lie: A (64, 64) with rows along K, in registers, or with rows along M, its
+// atoms 2048 bytes apart; B of N columns with rows along K, or along N in boxes of 64 columns.
+enum Form { kPlain, kTransposed, kLeftTransposed };
+constexpr int a_bytes(Form form) { return form == kLeftTransposed ? 8 * 2048 : 8192; }
+constexpr int b_boxes(Form form, int columns) { return form == kTransposed ? (columns + 63) / 64 : 1; }
+constexpr int b_bytes(Form form, int columns) { return form == kTransposed ? b_boxes(form, columns) * 8192 : columns * 128; }
+
+// out (64, N) = A (64, 64) B in four products, two groups of two. One warp of the first warpgroup copies, the second
+// warpgroup multiplies.
 constexpr int kProductsLine = __LINE__ + 2;
-template <typename T, int N, bool Transposed>
+template <typename T, int N, Form kForm>
 void kernel_products(Products p) {
-    const SharedAddress a = shared_base(), b = a + 8192, full = b + std::max(N, 64) * 128;
+    const SharedAddress a = shared_base(), b = a + a_bytes(kForm), full = b + b_bytes(kForm, N);
     if (thread_index() == 0) {
         mbarrier_init(full, 1);
         if (p.fault != kNoFenceAfterInit) { proxy_fence(); }
@@ -93,10 +103,11 @@ void kernel_products(Products p) {
     if (p.fault != kNoBarrierAfterInit) { barrier(); }
     if (warp_index() < 4) {
         if (thread_index() != 0) { return; }
-        const int bytes = 8192 + std::max(N, 64) * 128;
+        const int bytes = 8192 + b_bytes(kForm, N);
         mbarrier_arrive_expecting(full, bytes - (p.fault == kFewerBytes ? 8192 : p.fault == kMoreBytes ? -16 : 0));
         tma_load(p.fault == kOffAtom ? a + 512 : a, p.fault == kNoMap ? TensorMap{} : p.a, p.fault == kNoMbarrier ? full + 8 : full, 0, 0, 0, 0);
-        for (int box = 0; box < (Transposed ? N / 64 : 1); ++box) {
+        for (int k = 8; k < (kForm == kLeftTransposed ? 64 : 0); k += 8) { tma_load(a + k / 8 * 2048, p.a, full, 0, k, 0, 0); }
+        for (int box = 0; box < b_boxes(kForm, N); ++box) {
             tma_load(b + box * 8192, p.b, full, box * 64, 0, 0, 0);
         }
         return;
@@ -121,8 +132,11 @@ void kernel_products(Products p) {
         const int other = p.fault == kOtherProduct && warp == 1 ? 3 - k : k;
         const uint64_t plain = p.fault == kNoSwizzle ? uint64_t{1} << 62 : 0;
         const bool accumulate = k != 0;
-        if constexpr (Transposed) {
+        if constexpr (kForm == kTransposed) {
             wgmma_transposed<T>(d, left[k], matrix_descriptor(b + 2048 * other + (p.fault == kWrongAtoms ? 32 : 0), 8192, 1024) ^ plain, accumulate);
+        } else if constexpr (kForm == kLeftTransposed) {
+            const MatrixDescriptor left_k = matrix_descriptor(a + 4096 * other + (p.fault == kWrongAtoms ? 32 : 0), 0, p.fault == kWrongStride ? 128 : p.fault == kFarStride ? 0x3f000 : 2048);
+            if (p.fault == kOtherForm && warp == 1) { wgmma<T>(d, left_k, matrix_descriptor(b + 32 * k, 0, 1024), accumulate); } else { wgmma_left_transposed<T>(d, left_k, matrix_descriptor(b + 32 * k, 0, 1024) ^ plain, accumulate); }
         } else {
             wgmma<T>(d, matrix_descriptor(a + 32 * other, 0, 1024), matrix_descriptor(b + 32 * other, 0, 1024) ^ plain, accumulate);
         }
@@ -132,7 +146,7 @@ void kernel_products(Products p) {
     if (p.fault == kReadEarly) { p.out[0] = d[0][0]; return; }
     if (p.fault == kWrittenEarly) { d[0][0] = 1.0f; }
     if (p.fault == kOperandOverwritten) { left[3][1] = 1; }
-    if (p.fault == kSharedOverwritten && thread_index() == 200) { store_shared_32(b + 64, 0); }
+    if (p.fault == kSharedOverwritten && thread_index() == 200) { store_shared_32((kForm == kLeftTransposed ? a : b) + 64, 0); }
     if (p.fault == kCopyOverOperand && thread_index() == 200) { mbarrier_arrive_expecting(full, 8192); tma_load(b, p.a, full, 0, 0, 0, 0); }
     if (p.fault == kNoWait) { return; }
     if (p.fault == kLaxWait) { wgmma_wait<1>(d); } else if (p.fault == kUnnamedRegisters) { wgmma_wait<0>(left); } else { wgmma_wait<0>(d); }
@@ -144,20 +158,25 @@ void kernel_products(Products p) {
     }
 }
 
-template <typename T, int N, bool Transposed>
+template <typename T, int N, Form kForm>
+void multiply(Fault fault, float* out) {
+    static Matrix<T> a(64, 64, kForm == kLeftTransposed ? 8 : 64,
+                       kForm == kLeftTransposed ? [](int k, int row) { return a_number(row, k); } : a_number);
+    static Matrix<T> b(kForm == kTransposed ? kDepth : N, kForm == kTransposed ? N : kDepth, kForm == kTransposed ? kDepth : N,
+                       kForm == kTransposed ? b_number : [](int column, int k) { return b_number(k, column); });
+    run(kernel_products<T, N, kForm>, 256, a_bytes(kForm) + b_bytes(kForm, N) + 64, Products{a.map, b.map, out, fault});
+}
+template <typename T, int N, Form kForm>
 std::vector<float> product(Fault fault) {
-    static Matrix<T> a(64, 64, 64, a_number);
-    static Matrix<T> b(Transposed ? kDepth : N, Transposed ? N : kDepth, Transposed ? kDepth : N,
-                       Transposed ? b_number : [](int column, int k) { return b_number(k, column); });
     std::vector<float> out(64 * N, -1.0f);
-    run(kernel_products<T, N, Transposed>, 256, 8192 + std::max(N, 64) * 128 + 64, Products{a.map, b.map, out.data(), fault});
+    multiply<T, N, kForm>(fault, out.data());
     return out;
 }
 
-template <typename T, int N, bool Transposed>
+template <typename T, int N, Form kForm>
 void check_product() {
     under_seeds([] {
-        const std::vector<float> out = product<T, N, Transposed>(kNone);
+        const std::vector<float> out = product<T, N, kForm>(kNone);
         for (int row = 0; row < 64; ++row) {
             for (int column = 0; column < N; ++column) {
                 int sum = 0;
@@ -169,8 +188,8 @@ void check_product() {
 }
 
 void check_product_faults() {
-    const auto wrong = [](Fault fault) { return [fault] { product<bf16, 64, false>(fault); }; };
-    const auto wrong_transposed = [](Fault fault) { return [fault] { product<bf16, 128, true>(fault); }; };
+    const auto wrong = [](Fault fault) { return [fault] { product<bf16, 64, kPlain>(fault); }; };
+    const auto wrong_transposed = [](Fault fault) { return [fault] { product<bf16, 128, kTransposed>(fault); }; };
     reported(wrong(kNoProductFence), {"registers that no wgmma_fence has named since they were last touched"});
     reported(wrong_transposed(kNoProductFence), {"a product of registers that no wgmma_fence has named"});
     reported(wrong(kTouchedAfterFence), {"a product to registers that no wgmma_fence has named"});
@@ -180,25 +199,36 @@ void check_product_faults() {
     reported(wrong_transposed(kOperandOverwritten), {"registers that were written to before it was waited for"});
     reported(wrong(kLaxWait), {"names registers of the product issued at", "which it does not wait for"});
     reported(wrong(kUnnamedRegisters), {"issues a product to registers of the product issued at", "no wgmma_wait has named"});
-    reported(wrong(kSharedOverwritten), {"thread 200 at " + line(kProductsLine + 48), "writes shared memory at byte",
-                                         "issued at " + line(kProductsLine + 40)});
+    reported(wrong(kSharedOverwritten), {"thread 200 at " + line(kProductsLine + 52), "writes shared memory at byte",
+                                         "issued at " + line(kProductsLine + 44)});
     reported(wrong(kCopyOverOperand), {"thread 200", "begins a copy to shared memory at byte", "issued at"});
     reported(wrong(kNoSwizzle), {"descriptor is not of the 128-byte swizzle"});
     reported(wrong(kOtherProduct), {"issues another product than the other warps of its warpgroup"});
     reported(wrong(kWarpLeavesOut), {"ended after warp 4 had issued 4 products and warp 6 of its warpgroup 3"});
     reported(wrong_transposed(kWrongAtoms), {"right operand has atoms off 1024 bytes"});
+    const auto wrong_left = [](Fault fault) { return [fault] { product<fp16, 96, kLeftTransposed>(fault); }; };
+    reported(wrong_left(kNoProductFence), {"a product to registers that no wgmma_fence has named"});
+    reported(wrong_left(kReadEarly), {"returned with products in flight"});
+    reported(wrong_left(kWrittenEarly), {"whose registers were written to meanwhile"});
+    reported(wrong_left(kWrongAtoms), {"left operand has atoms off 1024 bytes"});
+    reported(wrong_left(kWrongStride), {"left operand has atoms off 1024 bytes"});
+    reported(wrong_left(kFarStride), {"issues a read of 1024 bytes of shared memory at byte", "outside the block's"});
+    reported(wrong_left(kNoSwizzle), {"descriptor is not of the 128-byte swizzle"});
+    reported(wrong_left(kOtherProduct), {"issues another product than the other warps of its warpgroup"});
+    reported(wrong_left(kOtherForm), {"issues another product than the other warps of its warpgroup"});
+    reported(wrong_left(kSharedOverwritten), {"thread 200 at " + line(kProductsLine + 52), "writes shared memory at byte 64",
+                                              "issued at " + line(kProductsLine + 42)});
+    reported(wrong_left(kNotWaited), {"shared memory at byte"});
     // What is read of registers before a wait is no number.
-    float early = 0.0f;
-    try {
-        static Matrix<bf16> a(64, 64, 64, a_number);
-        run(kernel_products<bf16, 64, false>, 256, 8192 * 2 + 64, Products{a.map, a.map, &early, kReadEarly});
-    } catch (const std::runtime_error&) {
+    for (const auto& multiply : {multiply<bf16, 64, kPlain>, multiply<fp16, 96, kLeftTransposed>}) {
+        float early = 0.0f;
+        try { multiply(kReadEarly, &early); } catch (const std::runtime_error&) {}
+        expect(std::isnan(early), "NaN in registers that wait");
     }
-    expect(std::isnan(early), "NaN in registers that wait");
 }
 
 void check_copy_faults() {
-    const auto wrong = [](Fault fault) { return [fault] { product<bf16, 64, false>(fault); }; };
+    const auto wrong = [](Fault fault) { return [fault] { product<bf16, 64, kPlain>(fault); }; };
     reported(wrong(kNotWaited), {"shared memory at byte"});
     reported(wrong(kFewerBytes), {"completes while the copy begun at", "fewer bytes are expected than are copied"});
     reported(wrong(kMoreBytes), {"deadlock in block 0", "wait at mbarrier_wait", "0 of 1 arrivals and 16 bytes short"});
@@ -290,6 +320,121 @@ void check_boxes() {
     expect_error([&] { encode_tensor_map(number, sizes, even, 8); }, {"has made no device current"});
     make_current(0);
     encode_tensor_map(number, sizes, even, 8);
+}
+
+// Stretches: every block loads 96 floats, of which the last 32 come by a copy of their own, and adds their doubles to
+// out, its first half by one thread and its second by another.
+
+struct Stretches {
+    const float* in;
+    float* out;
+    Fault fault;
+};
+
+constexpr int kFloats = 96, kBytes = 4 * kFloats;
+constexpr int kStretchesLine = __LINE__ + 1;
+void kernel_stretches(Stretches p) {
+    const SharedAddress in = shared_base(), doubles = in + 512, full = in + 1024;
+    if (thread_index() == 0) { mbarrier_init(full, 1); if (p.fault != kNoFenceAfterInit) { proxy_fence(); } }
+    barrier();
+    if (p.fault == kStoredAndLoaded && block_index() == 1) { if (thread_index() == 0) { store_global(const_cast<float*>(p.in), 0.0f); } return; }
+    if (thread_index() == 0) {
+        mbarrier_arrive_expecting(full, kBytes + (p.fault == kFewerBytes ? -16 : p.fault == kMoreBytes ? 32 : 0));
+        bulk_load(in + (p.fault == kOddShared ? 8 : p.fault == kOutside ? 4096 : 0), p.in + (p.fault == kOddFrom ? 2 : 0), p.fault == kOddBytes ? 24 : 256, full);
+        bulk_load(in + 256, p.in + 64, kBytes - 256, full);
+    }
+    if (p.fault != kNotWaited) { mbarrier_wait(full, 0); }
+    for (int i = thread_index(); i < kFloats; i += 64) {
+        float low, high;
+        load_shared_pair(low, high, in + 8 * (i / 2));
+        store_shared_32(doubles + 4 * i, std::bit_cast<uint32_t>(2.0f * (i % 2 == 0 ? low : high)));
+    }
+    if (p.fault != kNoProxyFence && (p.fault != kFenceByAnother || thread_index() < 32)) { proxy_fence(); }
+    barrier();
+    if (p.fault == kStoredAndAdded && thread_index() == 0) { store_global(p.out + 5, 0.0f); }
+    if (lane_index() == 0) {
+        const int half = warp_index();
+        if (p.fault == kOddTo) { bulk_add(p.out + 1, doubles, 16); }
+        bulk_add(p.out + half * kFloats / 2, doubles + half * kBytes / 2, kBytes / 2);
+        if (p.fault != kNotCommitted) { tma_commit(); }
+        if (p.fault == kStoreOverwritten) { store_shared_32(doubles + half * kBytes / 2 + 12, 0); }
+        if (p.fault == kLoadOverStore) { mbarrier_arrive_expecting(full, 16); bulk_load(doubles + half * kBytes / 2 + 16, p.in, 16, full); }
+        if (p.fault != kStoreNotRead) { tma_wait_read(); }
+        // What has been read may be written again; another's half may not.
+        store_shared_32(doubles + half * kBytes / 2, 0);
+        if (p.fault == kSharedOverwritten) { store_shared_32(doubles + (1 - half) * kBytes / 2, 0); }
+        if (p.fault == kAddedAndLoaded) { load_global(p.out + half * kFloats / 2); }
+    }
+}
+
+void stretches(Fault fault, int blocks = 5) {
+    alignas(16) float in[kFloats], out[kFloats];
+    for (int i = 0; i < kFloats; ++i) { in[i] = static_cast<float>(i * 7 % 31 - 15); out[i] = static_cast<float>(i); }
+    launch(kernel_stretches, blocks, 64, 1024 + 64, nullptr, Stretches{in, out, fault});
+    for (int i = 0; i < kFloats; ++i) { expect(out[i] == static_cast<float>(i) + 10.0f * in[i], "the sum over all blocks"); }
+}
+
+void check_stretches() {
+    under_seeds([] { stretches(kNone); });
+    const auto wrong = [](Fault fault) { return [fault] { stretches(fault); }; };
+    const auto at = [](int number) { return line(kStretchesLine + number); };
+    reported(wrong(kNotWaited), {"shared memory at byte"});
+    reported(wrong(kFewerBytes), {"16 more bytes have landed than were expected, the last of a copy begun at"});
+    reported(wrong(kMoreBytes), {"deadlock in block ", "wait at mbarrier_wait", "0 of 1 arrivals and 32 bytes short"});
+    reported(wrong(kNoFenceAfterInit), {"at " + at(7) + " gives a copy the mbarrier made at " + at(2), "called no proxy_fence"});
+    reported(wrong(kOddBytes), {"thread 0 at " + at(7) + " moves 24 bytes, which is not a positive multiple of 16"});
+    reported(wrong(kOddShared), {"at " + at(7) + " begins a copy to 256 bytes of shared memory at byte 8, which is not a multiple of 16"});
+    reported(wrong(kOddFrom), {"at " + at(7) + " accesses 16 bytes of global memory at an address that is not a multiple of 16"});
+    reported(wrong(kOddTo), {"at " + at(21) + " accesses 16 bytes of global memory at an address that is not a multiple of 16"});
+    reported(wrong(kOutside), {"begins a copy to 256 bytes of shared memory at byte 4096, outside the block's 1088"});
+    reported(wrong(kNoProxyFence), {"race in block ", "written by thread", at(14), "read by thread", at(22), "with no proxy_fence"});
+    reported(wrong(kFenceByAnother), {"race in block ", "written by thread", "with no proxy_fence"});
+    reported(wrong(kStoreOverwritten), {"at " + at(24) + " writes shared memory at byte", "issued at " + at(22) + " is still to read"});
+    reported(wrong(kLoadOverStore), {"at " + at(25) + " begins a copy to shared memory at byte", "issued at " + at(22) + " is still to read"});
+    reported(wrong(kStoreNotRead), {"shared memory at byte", "issued at " + at(22) + " is still to read"});
+    reported(wrong(kNotCommitted), {"shared memory at byte", "issued at " + at(22) + " is still to read"});
+    // Before the other's addition began, while it is to read, or when it has read: said in three ways.
+    reported(wrong(kSharedOverwritten), {"shared memory at byte"});
+    reported(wrong(kSharedOverwritten), {at(29)});
+    // By one thread, and still in no order.
+    reported([] { stretches(kAddedAndLoaded, 1); }, {"loads a global address that block 0", "added to at " + at(22), "nothing in the launch orders the two"});
+    reported([] { stretches(kStoredAndAdded, 1); }, {"thread 0 at " + at(22) + " adds to a global address that block 0, thread 0 stored to at " + at(18)});
+    // Whether another block's copy comes after the store is the seed's to say.
+    bool found = false;
+    for (uint64_t seed = 0; seed < 20 && !found; ++seed) {
+        emulation::set_seed(seed);
+        try { stretches(kStoredAndLoaded); } catch (const std::runtime_error& error) {
+            found = std::string(error.what()).find("at " + at(7) + " loads a global address that block 1, thread ") != std::string::npos;
+        }
+    }
+    emulation::set_seed(1);
+    expect(found, "a store to what another block's copy reads to be reported");
+}
+
+// Five arrays in one fence and one wait: three products of ones, two operands in registers.
+
+void kernel_names(Products p) {
+    const SharedAddress b = shared_base();
+    for (int i = thread_index(); i < 64 * 32; i += 128) { store_shared_32(b + 4 * i, 0x3f803f80); }
+    proxy_fence();
+    barrier();
+    float d[8][4] = {}, e[8][4] = {}, f[8][4] = {};
+    uint32_t left[1][4] = {{0x3f803f80, 0x3f803f80, 0x3f803f80, 0x3f803f80}}, right[1][4] = {{0x40004000, 0x40004000, 0x40004000, 0x40004000}};
+    wgmma_fence(d, e, f, left, right);
+    wgmma_transposed<bf16>(d, left[0], matrix_descriptor(b, 8192, 1024), true);
+    wgmma_transposed<bf16>(e, right[0], matrix_descriptor(b, 8192, 1024), true);
+    wgmma<bf16>(f, matrix_descriptor(b, 0, 1024), matrix_descriptor(b, 0, 1024), true);
+    wgmma_commit();
+    if (p.fault == kUnnamedRegisters) { wgmma_wait<0>(d, e, left, right); } else { wgmma_wait<0>(d, e, f, left, right); }
+    store_global(p.out + thread_index(), d[7][3] + 100.0f * e[7][3] + 10000.0f * f[7][3]);
+}
+
+void check_names() {
+    std::vector<float> out(128);
+    run(kernel_names, 128, 8192, Products{{}, {}, out.data(), kNone});
+    for (float x : out) { expect(x == 16.0f + 3200.0f + 160000.0f, "all three products"); }
+    run(kernel_names, 128, 8192, Products{{}, {}, out.data(), kUnnamedRegisters});
+    for (float x : out) { expect(std::isnan(x), "NaN where one was not named"); }
 }
 
 // Landing: copies to several mbarriers land in any order, late or soon.
@@ -491,16 +636,35 @@ void on_hopper() { check_wgmma_and_tma(Check); }
 
 std::vector<Check> asynchronous_checks() {
     return {
-        {"wgmma bf16, 64 columns", on_hopper<check_product<bf16, 64, false>>},
-        {"wgmma fp16, 80 columns", on_hopper<check_product<fp16, 80, false>>},
-        {"wgmma bf16, 112 columns", on_hopper<check_product<bf16, 112, false>>},
-        {"wgmma fp16, 128 columns", on_hopper<check_product<fp16, 128, false>>},
-        {"wgmma transposed bf16, 64 columns", on_hopper<check_product<bf16, 64, true>>},
-        {"wgmma transposed fp16, 128 columns", on_hopper<check_product<fp16, 128, true>>},
-        {"wgmma transposed bf16, 256 columns", on_hopper<check_product<bf16, 256, true>>},
+        {"wgmma fp16, 48 columns", on_hopper<check_product<fp16, 48, kPlain>>},
+        {"wgmma bf16, 64 columns", on_hopper<check_product<bf16, 64, kPlain>>},
+        {"wgmma fp16, 64 columns", on_hopper<check_product<fp16, 64, kPlain>>},
+        {"wgmma fp16, 80 columns", on_hopper<check_product<fp16, 80, kPlain>>},
+        {"wgmma bf16, 96 columns", on_hopper<check_product<bf16, 96, kPlain>>},
+        {"wgmma fp16, 112 columns", on_hopper<check_product<fp16, 112, kPlain>>},
+        {"wgmma bf16, 128 columns", on_hopper<check_product<bf16, 128, kPlain>>},
+        {"wgmma fp16, 256 columns", on_hopper<check_product<fp16, 256, kPlain>>},
+        {"wgmma transposed fp16, 48 columns", on_hopper<check_product<fp16, 48, kTransposed>>},
+        {"wgmma transposed bf16, 64 columns", on_hopper<check_product<bf16, 64, kTransposed>>},
+        {"wgmma transposed fp16, 64 columns", on_hopper<check_product<fp16, 64, kTransposed>>},
+        {"wgmma transposed fp16, 80 columns", on_hopper<check_product<fp16, 80, kTransposed>>},
+        {"wgmma transposed bf16, 96 columns", on_hopper<check_product<bf16, 96, kTransposed>>},
+        {"wgmma transposed fp16, 112 columns", on_hopper<check_product<fp16, 112, kTransposed>>},
+        {"wgmma transposed bf16, 128 columns", on_hopper<check_product<bf16, 128, kTransposed>>},
+        {"wgmma transposed fp16, 256 columns", on_hopper<check_product<fp16, 256, kTransposed>>},
+        {"wgmma left transposed fp16, 48 columns", on_hopper<check_product<fp16, 48, kLeftTransposed>>},
+        {"wgmma left transposed bf16, 64 columns", on_hopper<check_product<bf16, 64, kLeftTransposed>>},
+        {"wgmma left transposed fp16, 64 columns", on_hopper<check_product<fp16, 64, kLeftTransposed>>},
+        {"wgmma left transposed fp16, 80 columns", on_hopper<check_product<fp16, 80, kLeftTransposed>>},
+        {"wgmma left transposed bf16, 96 columns", on_hopper<check_product<bf16, 96, kLeftTransposed>>},
+        {"wgmma left transposed fp16, 112 columns", on_hopper<check_product<fp16, 112, kLeftTransposed>>},
+        {"wgmma left transposed bf16, 128 columns", on_hopper<check_product<bf16, 128, kLeftTransposed>>},
+        {"wgmma left transposed fp16, 256 columns", on_hopper<check_product<fp16, 256, kLeftTransposed>>},
         {"faults with wgmma", on_hopper<check_product_faults>},
         {"faults with copies and mbarriers", on_hopper<check_copy_faults>},
         {"boxes, stores and their faults", on_hopper<check_boxes>},
+        {"stretches, additions and their faults", on_hopper<check_stretches>},
+        {"more registers than three named", on_hopper<check_names>},
         {"landings in any order", on_hopper<check_landings>},
         {"rings and their faults", on_hopper<check_rings>},
         {"named barriers", on_hopper<check_named_barriers>},

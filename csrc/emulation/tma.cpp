@@ -1,7 +1,8 @@
-// Boxes of tensors: where their numbers lie in both memories, and when they move.
+// Bulk copies: where their numbers lie in both memories, and when they move.
 #include "tma.h"
 
 #include <cstring>
+#include <variant>
 
 #include "global.h"
 
@@ -10,9 +11,15 @@ namespace {
 
 constexpr uint32_t kMagic = 0x7e4502a9;
 
-// Calls move(shared address, global address, whether it is inside the tensor) for each number of the box.
+uint32_t bytes_of(const Region& region) {
+    const Box* const box = std::get_if<Box>(&region);
+    return box != nullptr ? box->map.box_rows * 128 : std::get<Stretch>(region).bytes;
+}
+
+// Calls move(shared address, global address or null outside the tensor, bytes) for each piece that lies in a row in
+// both memories: the numbers of a box ...
 template <typename Move>
-void for_each_number(const Box& box, uint32_t shared, Move move) {
+void for_each_piece(const Box& box, uint32_t shared, Move move) {
     const TensorMapFields& map = box.map;
     for (uint32_t r = 0; r < map.box_rows; ++r) {
         const int64_t row = box.at[1] + static_cast<int64_t>(r);
@@ -28,22 +35,37 @@ void for_each_number(const Box& box, uint32_t shared, Move move) {
         for (int c = 0; c < 64; ++c) {
             const int64_t column = box.at[0] + static_cast<int64_t>(c);
             const bool is_inside = is_row && inside(column, map.sizes[0]);
-            move(swizzled(shared + r * 128 + c * 2), is_inside ? begin + column * 2 : nullptr);
+            move(swizzled(shared + r * 128 + c * 2), is_inside ? begin + column * 2 : nullptr, 2);
         }
     }
 }
-
-Box box_of(const TensorMap& map, const int (&at)[4], Where where) {
-    Box box{unpacked(map, where), {}};
-    std::memcpy(box.at, at, sizeof at);
-    return box;
+// ... and a stretch as a whole.
+template <typename Move>
+void for_each_piece(const Stretch& stretch, uint32_t shared, Move move) {
+    move(shared, stretch.begin, stretch.bytes);
+}
+template <typename Move>
+void for_each_piece(const Region& region, uint32_t shared, Move move) {
+    std::visit([&](const auto& one) { for_each_piece(one, shared, move); }, region);
 }
 
-void check_box(const char* verb, uint32_t address, Where where) {
-    if (address % 1024 != 0) {
+// A box's address in shared memory; a stretch's is checked by SharedMemory.
+void check_box(const char* verb, const Region& region, uint32_t address, Where where) {
+    if (std::holds_alternative<Box>(region) && address % 1024 != 0) {
         fail(
             who(*current) + " at " + place(where) + " " + verb + " a box at byte " +
             std::to_string(static_cast<int64_t>(address) - kSharedBase) + ", which is not a multiple of 1024");
+    }
+}
+
+void add_floats(const Thread& thread, unsigned char* to, const unsigned char* from, uint32_t bytes, Where where) {
+    for (uint32_t i = 0; i < bytes; i += sizeof(float)) {
+        global_writes.add(thread, to + i, where, true);
+        float sum, x;
+        std::memcpy(&sum, to + i, sizeof sum);
+        std::memcpy(&x, from + i, sizeof x);
+        sum += x;
+        std::memcpy(to + i, &sum, sizeof sum);
     }
 }
 
@@ -86,85 +108,105 @@ TensorMapFields unpacked(const TensorMap& map, Where where) {
     return fields;
 }
 
-void begin_tensor_copy(SharedAddress to, const TensorMap& map, SharedAddress address, const int (&at)[4], Where where) {
+Region region_of(const TensorMap& map, const int (&at)[4], Where where) {
+    Box box{unpacked(map, where), {}};
+    std::memcpy(box.at, at, sizeof at);
+    return box;
+}
+
+Region region_of(const void* begin, int bytes, Where where) {
+    check_aligned(begin, 16, where);
+    if (bytes <= 0 || bytes % 16 != 0) {
+        fail(
+            who(*current) + " at " + place(where) + " moves " + std::to_string(bytes) +
+            " bytes, which is not a positive multiple of 16");
+    }
+    // Only stores and additions write there, which were given a pointer to what is not const.
+    return Stretch{static_cast<unsigned char*>(const_cast<void*>(begin)), static_cast<uint32_t>(bytes)};
+}
+
+void begin_bulk_copy(SharedAddress to, const Region& region, SharedAddress address, Where where) {
     maybe_yield();
     Thread& thread = *current;
     Block& block = *thread.block;
     Mbarrier& barrier = find_mbarrier(address, where);
-    check_box("copies", to, where);
+    check_box("copies", region, to, where);
     if (!block.shared.fenced(thread, barrier.made)) {
         fail(
             who(thread) + " at " + place(where) + " gives a copy the mbarrier made at " + place(barrier.where) +
             ", after which thread " + std::to_string(barrier.made.thread) + " called no proxy_fence");
     }
-    TensorCopy copy{to, box_of(map, at, where), barrier.index, barrier.phase, where};
-    block.shared.begin_tensor_copy(thread, to, copy.box.bytes(), where);
-    block.tensor_copies.push_back(copy);
+    block.shared.begin_bulk_copy(thread, to, bytes_of(region), where);
+    block.bulk_copies.push_back({to, region, barrier.index, barrier.phase, where});
 }
 
 bool land_some_copy(Block& block) {
-    if (block.tensor_copies.empty()) {
+    if (block.bulk_copies.empty()) {
         return false;
     }
-    const uint32_t chosen = random_below(block.tensor_copies.size());
-    const TensorCopy copy = block.tensor_copies[chosen];
-    block.tensor_copies.erase(block.tensor_copies.begin() + chosen);
+    const uint32_t chosen = random_below(block.bulk_copies.size());
+    const BulkCopy copy = block.bulk_copies[chosen];
+    block.bulk_copies.erase(block.bulk_copies.begin() + chosen);
     Mbarrier& barrier = block.mbarriers[copy.mbarrier];
     ++barrier.landed;
-    block.shared.land_tensor_copy(block, copy.to, copy.box.bytes(), barrier.index, barrier.landed, copy.where);
-    for_each_number(copy.box, copy.to, [&](uint32_t to, const unsigned char* from) {
-        unsigned char* const bytes = block.shared.bytes_at(to);
+    const uint32_t all = bytes_of(copy.region);
+    block.shared.land_bulk_copy(block, copy.to, all, barrier.index, barrier.landed, copy.where);
+    for_each_piece(copy.region, copy.to, [&](uint32_t to, const unsigned char* from, uint32_t bytes) {
         if (from == nullptr) {
-            std::memset(bytes, 0, 2);
+            std::memset(block.shared.bytes_at(to), 0, bytes);
         } else {
-            global_writes.load(block.threads[0], from, 2, copy.where);
-            std::memcpy(bytes, from, 2);
+            global_writes.load(block.threads[0], from, bytes, copy.where);
+            std::memcpy(block.shared.bytes_at(to), from, bytes);
         }
     });
-    bytes_landed(block, barrier, copy.box.bytes(), copy.where);
+    bytes_landed(block, barrier, all, copy.where);
     return true;
 }
 
 void maybe_land_copy(Block& block) {
-    if (!block.tensor_copies.empty() && random_below(4) == 0) {
+    if (!block.bulk_copies.empty() && random_below(4) == 0) {
         land_some_copy(block);
     }
 }
 
-void begin_tensor_store(SharedAddress from, const TensorMap& map, const int (&at)[4], Where where) {
+void begin_bulk_store(SharedAddress from, const Region& region, bool adds, Where where) {
     maybe_yield();
     Thread& thread = *current;
-    check_box("stores", from, where);
-    TensorStore store{from, box_of(map, at, where), false, std::make_shared<AsyncDone>(), where};
+    start_clocks(*thread.block);
+    check_box("stores", region, from, where);
+    BulkStore store{from, region, adds, false, std::make_shared<AsyncDone>(), where};
     store.done->first_thread = thread.index;
     store.done->times.resize(1);
-    thread.block->shared.begin_async_read(thread, from, store.box.bytes(), store.done, where);
+    thread.block->shared.begin_async_read(thread, from, bytes_of(region), store.done, where);
     thread.stores.push_back(store);
 }
 
-void commit_tensor_stores() {
-    for (TensorStore& store : current->stores) {
+void commit_bulk_stores() {
+    for (BulkStore& store : current->stores) {
         store.committed = true;
     }
 }
 
-void wait_for_tensor_stores() {
+void wait_for_bulk_stores() {
     yield();
     Thread& thread = *current;
-    for (const TensorStore& store : thread.stores) {
+    for (const BulkStore& store : thread.stores) {
         if (!store.committed) {
             continue;
         }
-        for_each_number(store.box, store.from, [&](uint32_t from, unsigned char* to) {
-            if (to != nullptr) {
-                global_writes.store(thread, to, 2, store.where);
-                std::memcpy(to, thread.block->shared.bytes_at(from), 2);
+        for_each_piece(store.region, store.from, [&](uint32_t from, unsigned char* to, uint32_t bytes) {
+            const unsigned char* const numbers = thread.block->shared.bytes_at(from);
+            if (store.adds) {
+                add_floats(thread, to, numbers, bytes, store.where);
+            } else if (to != nullptr) {
+                global_writes.store(thread, to, bytes, store.where, true);
+                std::memcpy(to, numbers, bytes);
             }
         });
         store.done->complete = true;
-        store.done->times[0] = thread.clock.empty() ? 0 : thread.clock[thread.index];
+        store.done->times[0] = thread.clock[thread.index];
     }
-    std::erase_if(thread.stores, [](const TensorStore& store) { return store.committed; });
+    std::erase_if(thread.stores, [](const BulkStore& store) { return store.committed; });
 }
 
 }  // namespace attnfuse::emulation

@@ -71,9 +71,9 @@ Layout decoded(const Thread& thread, uint64_t descriptor, Where where) {
 uint32_t along_k(const Layout& at, int r, int k) {
     return swizzled(at.start + r / 8 * at.stride + r % 8 * 128 + k * 2);
 }
-// ... and of row k of an N-major one, at column n.
-uint32_t along_n(const Layout& at, int k, int n) {
-    return swizzled(at.start + n / 64 * at.leading + k / 8 * at.stride + k % 8 * 128 + n % 64 * 2);
+// ... and of row k of an M- or N-major one, at column i.
+uint32_t across_k(const Layout& at, int k, int i) {
+    return swizzled(at.start + i / 64 * at.leading + k / 8 * at.stride + k % 8 * 128 + i % 64 * 2);
 }
 
 // Nobody may write to what the product reads until it is done. Atoms of eight rows count as a whole: of each row a
@@ -105,30 +105,42 @@ class Reads {
     uint32_t bytes_ = 0;
 };
 
-void begin_reads(Thread& thread, const Product& product, int columns) {
-    const uint32_t atom = ~1023u;
-    const Layout b = decoded(thread, product.b, product.where);
-    Reads reads(thread, product);
-    if (product.transposed) {
-        for (int n = 0; n < columns; n += 64) {
-            for (int k = 0; k < 16; k += 8) {
-                const uint32_t begin = b.start + n / 64 * b.leading + k / 8 * b.stride;
-                if (begin % 1024 != 0) {
-                    complain(thread, product.where, "issues a product whose right operand has atoms off 1024 bytes");
-                }
-                reads.add_atom(begin);
+// A K-major operand of so many rows.
+void read_along_k(Reads& reads, const Layout& at, int rows) {
+    for (int r = 0; r < rows; r += 8) {
+        reads.add_atom((at.start + r / 8 * at.stride) & ~1023u);
+    }
+}
+
+// An M- or N-major operand of so many columns, called `name`.
+void read_across_k(
+    Reads& reads, const Thread& thread, const Product& product, const Layout& at, int columns, const char* name) {
+    for (int i = 0; i < columns; i += 64) {
+        for (int k = 0; k < 16; k += 8) {
+            const uint32_t begin = at.start + i / 64 * at.leading + k / 8 * at.stride;
+            if (begin % 1024 != 0) {
+                complain(
+                    thread, product.where,
+                    std::string("issues a product whose ") + name + " operand has atoms off 1024 bytes");
             }
+            reads.add_atom(begin);
         }
-        reads.begin();
-        return;
     }
-    for (int r = 0; r < columns; r += 8) {
-        reads.add_atom((b.start + r / 8 * b.stride) & atom);
+}
+
+void begin_reads(Thread& thread, const Product& product, int columns) {
+    Reads reads(thread, product);
+    const Layout b = decoded(thread, product.b, product.where);
+    if (product.form.b_along_n) {
+        read_across_k(reads, thread, product, b, columns, "right");
+    } else {
+        read_along_k(reads, b, columns);
     }
-    const Layout a = decoded(thread, product.a, product.where);
-    // All 64 rows: nothing says which warp's part of the product reads which.
-    for (int r = 0; r < 64; r += 8) {
-        reads.add_atom((a.start + r / 8 * a.stride) & atom);
+    // All 64 rows of A: nothing says which warp's part of the product reads which.
+    if (product.form.a_along_m) {
+        read_across_k(reads, thread, product, decoded(thread, product.a, product.where), 64, "left");
+    } else if (!product.form.a_in_registers) {
+        read_along_k(reads, decoded(thread, product.a, product.where), 64);
     }
     reads.begin();
 }
@@ -141,12 +153,11 @@ void log_product(Warp& warp, const Product& product, int columns) {
     const int64_t number = warp.products.count++;
     const auto index = static_cast<std::size_t>(number - log.first);
     if (index == log.entries.size()) {
-        log.entries.push_back({product.a, product.b, columns, product.transposed, product.accumulate, product.where});
+        log.entries.push_back({product.a, product.b, columns, product.form, product.accumulate, product.where});
     } else {
         const WarpgroupLog::Entry& first = log.entries[index];
-        if (first.a != product.a || first.b != product.b || first.columns != columns ||
-            first.transposed != product.transposed || first.accumulate != product.accumulate ||
-            first.where.line() != product.where.line()) {
+        if (first.a != product.a || first.b != product.b || first.columns != columns || first.form != product.form ||
+            first.accumulate != product.accumulate || first.where.line() != product.where.line()) {
             complain(
                 thread, product.where,
                 "issues another product than the other warps of its warpgroup at " + place(first.where));
@@ -200,7 +211,7 @@ std::shared_ptr<Accumulators> accumulators_of(Warp& warp, int columns, Where whe
 void execute_issue(Warp& warp) {
     const auto& [operands, where] = *static_cast<Issued*>(warp.arguments[0]);
     Product product;
-    product.transposed = operands.a_registers != nullptr;
+    product.form = operands.form;
     product.accumulate = operands.accumulate;
     product.is_bf16 = operands.is_bf16;
     product.a = operands.a;
@@ -212,10 +223,11 @@ void execute_issue(Warp& warp) {
     for (int lane = 0; lane < 32; ++lane) {
         const ProductOperands& mine = static_cast<Issued*>(warp.arguments[lane])->operands;
         const Thread& thread = warp.threads[lane];
-        if (mine.a != operands.a || mine.b != operands.b || mine.accumulate != operands.accumulate) {
+        if (mine.a != operands.a || mine.b != operands.b || mine.form != operands.form ||
+            mine.accumulate != operands.accumulate) {
             complain(thread, where, "issues another product than the other lanes of its warp");
         }
-        if (product.transposed) {
+        if (product.form.a_in_registers) {
             if (!is_fenced(thread, mine.a_registers, 4 * sizeof(uint32_t))) {
                 complain(
                     thread, where,
@@ -248,8 +260,10 @@ template <typename T>
 void compute(Warp& warp, const Product& product) {
     Thread& thread = warp.threads[0];
     SharedMemory& shared = thread.block->shared;
-    float a[16][16];
-    if (product.transposed) {
+    // This warp's 16 rows of A.
+    float a[16][16], numbers[8];
+    const int first = 16 * (thread.index / 32 % 4);
+    if (product.form.a_in_registers) {
         for (int lane = 0; lane < 32; ++lane) {
             for (int part = 0; part < 4; ++part) {
                 const Pair pair = unpack<T>(product.values[4 * lane + part]);
@@ -260,9 +274,15 @@ void compute(Warp& warp, const Product& product) {
         }
     } else {
         const Layout at = decoded(thread, product.a, product.where);
-        const int first = 16 * (thread.index / 32 % 4);
-        for (int row = 0; row < 16; ++row) {
-            for (int k = 0; k < 16; k += 8) {
+        for (int i = 0; i < 32; ++i) {
+            if (product.form.a_along_m) {
+                const int k = i / 2, row = i % 2 * 8;
+                read_numbers<T>(numbers, shared.bytes_at(across_k(at, k, first + row)));
+                for (int r = 0; r < 8; ++r) {
+                    a[row + r][k] = numbers[r];
+                }
+            } else {
+                const int row = i / 2, k = i % 2 * 8;
                 read_numbers<T>(
                     reinterpret_cast<float (&)[8]>(a[row][k]), shared.bytes_at(along_k(at, first + row, k)));
             }
@@ -272,10 +292,10 @@ void compute(Warp& warp, const Product& product) {
     const Layout at = decoded(thread, product.b, product.where);
     Accumulators& to = *product.to;
     for (int n = 0; n < to.count / 4; ++n) {
-        float b[16][8], numbers[8];
+        float b[16][8];
         for (int i = 0; i < 16; ++i) {
-            if (product.transposed) {
-                read_numbers<T>(b[i], shared.bytes_at(along_n(at, i, 8 * n)));
+            if (product.form.b_along_n) {
+                read_numbers<T>(b[i], shared.bytes_at(across_k(at, i, 8 * n)));
             } else {
                 read_numbers<T>(numbers, shared.bytes_at(along_k(at, 8 * n + i / 2, i % 2 * 8)));
                 for (int k = 0; k < 8; ++k) {
@@ -299,7 +319,7 @@ void compute(Warp& warp, const Product& product) {
 }
 
 void execute_product(Warp& warp, const Product& product) {
-    for (int lane = 0; lane < 32 && product.transposed; ++lane) {
+    for (int lane = 0; lane < 32 && product.form.a_in_registers; ++lane) {
         if (std::memcmp(product.lanes[lane], &product.values[4 * lane], 4 * sizeof(uint32_t)) != 0) {
             complain(
                 warp.threads[lane], product.where,
