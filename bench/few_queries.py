@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 
+from attnfuse.backends import few
 from attnfuse.cli import table
 from attnfuse.triton_kernels import tuning
 
@@ -42,7 +43,7 @@ def predict(batch: int, heads: int, rows: int, keys: int, dim: int) -> tuple[int
     product = 2 * grid * max(rows, 16) * keys * dim  # of one matrix product
     plain_rows = tuning.tile(90, torch.bfloat16, dim, "fwd").block_m
     plain = grid * -(-rows // plain_rows)
-    splits = tuning.splits(grid, keys, rows, MULTIPROCESSORS)
+    splits = few.split_count(grid, keys, rows, MULTIPROCESSORS)
     partial = 2 * 4 * splits * grid * rows * (dim + 2) / CACHE + LAUNCH if splits > 1 else 0.0
     ahead = seconds(stream, 2 * product, plain)
     ahead_split = seconds(stream, 2 * product, grid * splits) + partial
