@@ -88,7 +88,9 @@ def describe(problem: Problem) -> str:
     ):
         shapes = [
             f"{name} {rows}x{columns}, {threads // 32} warps, {shared / 1024:.0f} KB"
-            for name, rows, columns, threads, shared in ([cuda_few.tile(module, problem, few)] if plan.splits else tiles)
+            for name, rows, columns, threads, shared in (
+                [cuda_few.tile(module, problem, few)] if plan.splits else tiles
+            )
         ]
         told.append(f"{name}: {plan.why}; tiles {'; '.join(shapes)}")
     if ahead.splits:
@@ -143,8 +145,8 @@ def backward(
     splits: 0 takes the plain kernels, more splits the keys so many ways wherever `cuda_few.refuses` has no objection;
     None leaves it to `cuda_few.plan_backward`.
 
-    Of the plain kernels one walks the keys and values. dQ is added up in it by atomics, except where the same bits are wanted every
-    time, or sums over whole rows are (sinks, bias): then a kernel of its own walks the rows before it.
+    Of the plain kernels one walks the keys and values. dQ is added up in it by atomics, except where the same bits are
+    wanted every time, or sums over whole rows are (sinks, bias): then a kernel of its own walks the rows before it.
     """
     need_query, _, need_sinks, _, *rest = needs
     width = len(BoundSource.TENSORS)
@@ -231,14 +233,14 @@ def _launch(
         0 if grad_mass is None else delta.stride(0), padded,
     )  # fmt: skip
     sources = tuple(_source(source, kept, *pair) for source, pair in zip(problem.sources, pairs))
-    given = _shape(problem), tensors, scratch, sources
-    params = module.BackwardParams(*given)
+    made = _shape(problem), tensors, scratch, sources
+    params = module.BackwardParams(*made)
     shared, summed = lse, None
     with on_device_of(query):
         stream = _stream(query)
         module.attn_bwd_delta(params, stream)
         if splits:
-            cuda_few.backward(module, problem, splits, given, lse, grad_query is not None, stream)
+            cuda_few.backward(module, problem, splits, made, lse, grad_query is not None, stream)
             sums = None if sums is None else sums.sum(0)
         elif exact or (grad_query is not None and not fused):
             module.attn_bwd_dq(params, stream)

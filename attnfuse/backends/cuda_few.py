@@ -49,7 +49,8 @@ def plan_forward(module: Any, problem: Problem) -> Plan:
     blocks = batch * problem.sources[0].key.shape[1] * tiles
     found = split_count(blocks, keys, packed, multiprocessors)
     if maybe_shared and tiles < problem.group * row_tiles and keys >= long_for(packed):
-        return Plan(found, f"keys split {found} ways, {blocks * found} blocks; {problem.group} heads share each key head")
+        told = f"keys split {found} ways, {blocks * found} blocks, each read for {problem.group} heads at once"
+        return Plan(found, told)
     if 2 * plain > multiprocessors or found == 1:
         return Plan(0, f"plain, {keys} visible keys are too few to be split")
     return Plan(
