@@ -102,6 +102,7 @@ CROSSING = [
          rows=9, aux=True, heads=6, kv_heads=2, sinks=True),
     Case("few", "gqa-16", (SourceCase(150, lengths=(150, 3)), SourceCase(70, holes=True)), rows=5, aux=True, heads=6,
          rows_first=True, dim=72),
+    Case("few", "two-tiles", (SourceCase(150, causal=True, offset=100),), rows=40, heads=2, kv_heads=1),
     Case("few", "odd", (SourceCase(100, bias=True), SourceCase(30, present=(True, False))), rows=40, heads=2,
          kv_heads=1, dim=33, value_dim=50, aux=True),
 ]  # fmt: skip
@@ -307,7 +308,7 @@ def test_the_path_is_chosen_by_grid_and_lengths(hundred: Any) -> None:
 def test_explain_tells_the_path_and_why(hundred: Any) -> None:
     query, key = some(1, 8, 64, 16), some(1, 8, 4096, 16)
     told = str(attnfuse.explain(query, key, key, backend="cuda"))
-    assert "keys split 16 ways, 128 blocks, where the plain kernel's 8 would leave 124 of 132" in told
+    assert "keys split 16 ways, 128 blocks on 132 multiprocessors: the plain kernel's 8 would leave 124 of" in told
     assert "attn_fwd_split 64x64, 4 warps, 72 KB" in told
     assert "query-stationary, 64 rows in a tile, keys split 16 ways, 128 blocks; tiles attn_bwd_few 64x64" in told
     told = str(attnfuse.explain(query, key[:, :, :70], key[:, :, :70], backend="cuda"))
@@ -383,6 +384,13 @@ NAMES = [fault.name for fault in FAULTS]
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The verdict on each fault, and on the kernels as they are under the name ""."""
     return verdicts_on(FAULTS, judge_all, INSTANCES, tmp_path_factory.mktemp("faults"))
+
+
+def test_every_fault_is_one_change() -> None:
+    """A fault whose text is no longer in the kernels would be planted nowhere."""
+    for fault in FAULTS:
+        assert (build.CSRC / fault.file).read_text().count(fault.old) == 1, fault.name
+    assert len(set(NAMES)) == len(FAULTS) >= 8
 
 
 @emulated_only

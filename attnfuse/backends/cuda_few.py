@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..problem import Problem
-from .few import Plan, long_for, split_count, visible_keys
+from .few import MIN_KEYS, Plan, long_for, split_count, visible_keys
 
 PLAIN_ROWS = 128  # of a tile of the plain forward: it has 64 to 192
 FEW_ROWS = 128  # the most packed rows of the kernels' regime
@@ -38,26 +38,25 @@ def plan_forward(module: Any, problem: Problem) -> Plan:
     more than 512 (Dv + 2 S) bytes for each multiprocessor, 9 MB on an H100 at Dv 128 with one source; with one split it
     is twice the size of a 16-bit `out` and the states.
     """
+    keys = visible_keys(problem)
+    if keys < 2 * MIN_KEYS:
+        return Plan(0, f"plain, {keys} visible keys are too few to be split")
     batch, heads, rows, _ = problem.query.shape
     packed, row_tiles = problem.group * rows, -(-rows // PLAIN_ROWS)
     plain, multiprocessors = batch * heads * row_tiles, _multiprocessors(module, problem)
-    maybe_shared = problem.group > 1 and packed <= FEW_ROWS
-    if 2 * plain > multiprocessors and not maybe_shared:
-        return Plan(0, f"plain, its {plain} blocks occupy more than half of {multiprocessors} multiprocessors")
-    keys = visible_keys(problem)
     tiles = -(-packed // tile(module, problem, "attn_fwd_split").rows)
+    is_shared = packed <= FEW_ROWS and keys >= long_for(packed) and tiles < problem.group * row_tiles
+    if 2 * plain > multiprocessors and not is_shared:
+        return Plan(0, f"plain, its {plain} blocks occupy more than half of {multiprocessors} multiprocessors")
     blocks = batch * problem.sources[0].key.shape[1] * tiles
     found = split_count(blocks, keys, packed, multiprocessors)
-    if maybe_shared and tiles < problem.group * row_tiles and keys >= long_for(packed):
-        told = f"keys split {found} ways, {blocks * found} blocks, each read for {problem.group} heads at once"
-        return Plan(found, told)
-    if 2 * plain > multiprocessors or found == 1:
-        return Plan(0, f"plain, {keys} visible keys are too few to be split")
-    return Plan(
-        found,
-        f"keys split {found} ways, {blocks * found} blocks, where the plain kernel's {plain} would leave "
-        f"{multiprocessors - plain} of {multiprocessors} multiprocessors idle",
-    )
+    if found == 1 and not is_shared:
+        return Plan(0, f"plain, {keys} visible keys are too few to be split for {packed} rows")
+    if is_shared:
+        why = f"keys are read once for {problem.group} heads"
+    else:
+        why = f"the plain kernel's {plain} would leave {multiprocessors - plain} of {multiprocessors} idle"
+    return Plan(found, f"keys split {found} ways, {blocks * found} blocks on {multiprocessors} multiprocessors: {why}")
 
 
 def plan_backward(module: Any, problem: Problem) -> Plan:

@@ -28,6 +28,10 @@
 
 namespace attnfuse::sm80 {
 
+// Of the widest tile.
+template <int D>
+constexpr int kMostRows = D == 256 ? 64 : 128;
+
 template <int D, int ROWS>
 struct FewTile {
     // 64 would leave room for one block of a multiprocessor at (128, 64), and for none at 256.
@@ -55,6 +59,20 @@ __device__ __forceinline__ void store_scores(SharedAddress tile, int own, int ch
     for (int n = 0; n < N; ++n) {
         store_shared_32(to_the_right<COLUMNS>(row, n), x[n / 2][n % 2 * 2]);
         store_shared_32(to_the_right<COLUMNS>(row, n) + 8 * (COLUMNS * 2), x[n / 2][n % 2 * 2 + 1]);
+    }
+}
+
+// acc (16, 8 N) += scores^T rows: of a tile of scores (ROWS, COLUMNS) columns key .. + 16, of a tile of rows (ROWS, D)
+// columns from 8 `chunk` on, of both as many rows as there are, in sixteens.
+template <typename T, int ROWS, int COLUMNS, int D, int N>
+__device__ __forceinline__ void sum_over_rows(
+    float (&acc)[1][N][4], SharedAddress scores, int key, SharedAddress rows, int chunk, int count) {
+#pragma unroll
+    for (int first = 0; first < ROWS; first += 16) {
+        if (first < count) {
+            multiply_transposed<T, N, 16, COLUMNS, D>(
+                acc, scores + first * (COLUMNS * 2), key, rows + first * (D * 2), chunk);
+        }
     }
 }
 
@@ -204,8 +222,8 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
     float lse[2] = {infinity(), infinity()};
     if (tile.valid(p)) {
         const auto lives = [&](int h, int i) {
-            return load_global(static_cast<const float*>(p.lse2) + padded_at(key_head * shape.group + h, i)) !=
-                   infinity();
+            const float lse2 = load_global(p.lse2 + padded_at(key_head * shape.group + h, i));
+            return lse2 != infinity();
         };
         load_packed<ROWS, D, kThreads, bf16>(query, p.query, shape, b, key_head, 0, shape.dim, lives);
         load_packed<ROWS, D, kThreads, bf16>(grad_out, p.grad_out, shape, b, key_head, 0, shape.value_dim, lives);
@@ -217,7 +235,7 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             if (own + 8 * r < packed) {
-                lse[r] = load_global(static_cast<const float*>(p.lse2) + padded_at(head(r), rows[r].i));
+                lse[r] = load_global(p.lse2 + padded_at(head(r), rows[r].i));
             }
         }
     }
@@ -251,8 +269,7 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const float shift = source_bias(source, b, head(r)) - lse[r];
-                const float delta = load_global(
-                    static_cast<const float*>(p.delta) + tile.source * p.delta_source + padded_at(head(r), rows[r].i));
+                const float delta = load_global(p.delta + tile.source * p.delta_source + padded_at(head(r), rows[r].i));
 #pragma unroll
                 for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -277,7 +294,7 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         if (source.grad_value.data != nullptr && 8 * chunk < shape.value_dim) {
             float dv[1][kPairN][4];
             clear(dv);
-            multiply_transposed<T, kPairN, ROWS, kColumns, D>(dv, weights, key, grad_out, chunk);
+            sum_over_rows<T, ROWS, kColumns, D>(dv, weights, key, grad_out, chunk, packed);
             store_keys<T, D>(
                 dv[0], 1.0f, values, key, chunk, source.grad_value, b, key_head, tile.start, source.columns,
                 shape.value_dim);
@@ -285,7 +302,7 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         if (source.grad_key.data != nullptr && 8 * chunk < shape.dim) {
             float dk[1][kPairN][4];
             clear(dk);
-            multiply_transposed<T, kPairN, ROWS, kColumns, D>(dk, grads, key, query, chunk);
+            sum_over_rows<T, ROWS, kColumns, D>(dk, grads, key, query, chunk, packed);
             store_keys<T, D>(
                 dk[0], shape.scale, values, key, chunk, source.grad_key, b, key_head, tile.start, source.columns,
                 shape.dim);
@@ -336,10 +353,10 @@ void attn_bwd_few(const FewParams& p, void* stream) {
     const int packed = p.shape.group * p.shape.rows;
     if (packed <= 16) {
         launch_few<T, D, 16>(p, stream);
-    } else if (packed <= 64 || D == 256) {
+    } else if (packed <= 64) {
         launch_few<T, D, 64>(p, stream);
     } else {
-        launch_few<T, D, D == 256 ? 64 : 128>(p, stream);
+        launch_few<T, D, kMostRows<D>>(p, stream);
     }
 }
 
@@ -358,8 +375,8 @@ TileShape few_tile_shape() {
 template <int D>
 std::vector<TileShape> attn_bwd_few_tiles() {
     std::vector<TileShape> tiles{few_tile_shape<D, 16>(), few_tile_shape<D, 64>()};
-    if constexpr (D < 256) {
-        tiles.push_back(few_tile_shape<D, 128>());
+    if constexpr (kMostRows<D> > 64) {
+        tiles.push_back(few_tile_shape<D, kMostRows<D>>());
     }
     return tiles;
 }
@@ -367,7 +384,7 @@ std::vector<TileShape> attn_bwd_few_tiles() {
 // In how many parts the row sums of a split come, with the same order.
 template <int D>
 std::vector<int> attn_bwd_few_sum_parts() {
-    return {FewTile<D, 16>::kKeyParts, FewTile<D, 64>::kKeyParts, FewTile < D, D == 256 ? 64 : 128 > ::kKeyParts};
+    return {FewTile<D, 16>::kKeyParts, FewTile<D, 64>::kKeyParts, FewTile<D, kMostRows<D>>::kKeyParts};
 }
 
 }  // namespace attnfuse::sm80
