@@ -30,9 +30,9 @@ FAULTS = [
     Fault("few: no barrier before p and ds are read", _FEW, "barrier();  // p and ds are there", "// p and ds are there"),
     Fault("few: grad_key lands on grad_value before that is stored", _FEW, "    warp_sync();  // what stood here has been stored\n", ""),
     Fault("few: keys that no row sees keep what was there", _FEW, "if (tile < from || tile >= from + visible) {", "if (tile < from) {"),
-    Fault("few: tiles of holes keep what was there", _FEW, "clear_keys(p.sources[tile.source], tile.start); };", "(void)tile; };"),
+    Fault("few: tiles of holes keep what was there", _FEW, "{ block.clear_keys(p.sources[tile.source], tile.start); };", "{};"),
     Fault("few: dead rows are read", _FEW, "!= infinity();", "!= -infinity();"),
-    Fault("few: row sums run on into the next source", _FEW, "            sums.dz[r] = 0.0f;\n", ""),
+    Fault("few: row sums run on into the next source", _FEW, "            dz[r] = 0.0f;\n", ""),
 ]  # fmt: skip
 
 

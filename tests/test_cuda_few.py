@@ -382,8 +382,8 @@ NAMES = [fault.name for fault in FAULTS]
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The verdict on each fault, and on the kernels as they are under the name ""."""
-    return verdicts_on(FAULTS, judge_all, INSTANCES, tmp_path_factory.mktemp("faults"))
+    """The verdict on each fault, and on the kernels as they are under the name "". One folder for all such tests."""
+    return verdicts_on(FAULTS, judge_all, INSTANCES, tmp_path_factory.getbasetemp() / "planted")
 
 
 def test_every_fault_is_one_change() -> None:

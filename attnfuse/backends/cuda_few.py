@@ -68,12 +68,12 @@ def plan_backward(module: Any, problem: Problem) -> Plan:
     multiprocessor, or with one split 4 bytes for each element of the query's gradient. Also where the plain grid fills
     the chip: K and V are read once instead of twice.
     """
-    packed, reason = problem.group * problem.query.shape[2], refuses(module, problem)
-    if reason is not None:
-        return Plan(0, f"plain, {reason}")
-    keys = visible_keys(problem)
+    packed, keys = problem.group * problem.query.shape[2], visible_keys(problem)
     if keys < long_for(packed):
         return Plan(0, f"plain, {keys} visible keys are not long for {packed} rows")
+    reason = refuses(module, problem)
+    if reason is not None:
+        return Plan(0, f"plain, {reason}")
     blocks = problem.query.shape[0] * problem.sources[0].key.shape[1]
     found = split_count(blocks, keys, packed, _multiprocessors(module, problem))
     told = f"query-stationary, {packed} rows in a tile, keys split {found} ways, {blocks * found} blocks"

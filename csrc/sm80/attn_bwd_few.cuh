@@ -51,7 +51,7 @@ struct FewTile {
     static constexpr int kSharedBytes = 2 * kRowBytes + 4 * kKeyBytes + 2 * kScoreBytes;
 };
 
-// Columns 16 n .. of a packed fragment (16, 8 N) to rows own and own + 8 of a tile (., COLUMNS), from `chunk` on.
+// A packed fragment (16, 8 N) to rows own and own + 8 of a tile (., COLUMNS), columns from 8 `chunk` on.
 template <int COLUMNS, int N>
 __device__ __forceinline__ void store_scores(SharedAddress tile, int own, int chunk, const uint32_t (&x)[N / 2][4]) {
     const SharedAddress row = chunk_address<COLUMNS>(tile, own, chunk) + lane_index() % 4 * 4;
@@ -128,85 +128,147 @@ __device__ __forceinline__ void store_zeros(const Rows& x, int b, int h, int fir
     }
 }
 
+// What a block owns of which (batch, key head), and this lane's rows in it: own and own + 8.
+template <typename Tile>
+struct FewBlock {
+    const FewParams& p;
+    const int packed = p.shape.group * p.shape.rows;
+    const int split = block_index() % p.splits;
+    const int key_head = block_index() / p.splits % p.shape.key_heads;
+    const int b = block_index() / p.splits / p.shape.key_heads;
+    const QuerySpan span{p.shape, 0, packed - 1};
+    const int warp_row = warp_index() % Tile::kRowGroups * 16;
+    const int own = warp_row + lane_index() / 4;
+    const int part = warp_index() / Tile::kRowGroups;  // of the keys, then of the columns of dq
+    const PackedRow rows[2] = {PackedRow(p.shape, own), PackedRow(p.shape, own + 8)};
+
+    __device__ __forceinline__ bool has(int r) const { return own + 8 * r < packed; }
+    __device__ __forceinline__ int head(int r) const { return key_head * p.shape.group + rows[r].head; }
+    // In (B, Hq, rows_padded).
+    __device__ __forceinline__ int64_t padded_at(int h, int i) const {
+        return stride_by(b * p.shape.heads + h, p.rows_padded) + i;
+    }
+    // Row r in the n-th of several (B, Hq, Nq).
+    __device__ __forceinline__ int64_t at(int n, int r) const {
+        return n * all_rows(p.shape) + stride_by(b * p.shape.heads + head(r), p.shape.rows) + rows[r].i;
+    }
+
+    // Zeros for the keys of a tile, which no row sees.
+    __device__ __forceinline__ void clear_keys(const BackwardSource& source, int start) const {
+        const int end = least(start + Tile::kColumns, source.columns);
+        if (source.grad_key.data != nullptr) {
+            store_zeros<Tile::kThreads>(source.grad_key, b, key_head, start, end, p.shape.dim);
+        }
+        if (source.grad_value.data != nullptr) {
+            store_zeros<Tile::kThreads>(source.grad_value, b, key_head, start, end, p.shape.value_dim);
+        }
+    }
+    // The block's part of the tiles that are in nobody's share.
+    __device__ __forceinline__ void clear_unseen() const {
+        for (int s = 0; s < p.shape.source_count; ++s) {
+            const BackwardSource& source = p.sources[s];
+            int begin, end;
+            const int visible = ShareOfTiles<Tile::kColumns>::visible(source, b, span, begin, end);
+            const int from = visible == 0 ? 0 : begin / Tile::kColumns;
+            for (int tile = split; tile * Tile::kColumns < source.columns; tile += p.splits) {
+                if (tile < from || tile >= from + visible) {
+                    clear_keys(source, tile * Tile::kColumns);
+                }
+            }
+        }
+    }
+};
+
 // dz and p of this lane's rows, summed over the columns it has seen of one source.
 struct FewSums {
     float dz[2] = {0.0f, 0.0f};
     float p[2] = {0.0f, 0.0f};
+
+    // To the part of the sums (., B, Hq, Nq, S, 2) that is this warp's, and on to the next source.
+    template <typename Tile>
+    __device__ __forceinline__ void store(const FewBlock<Tile>& block, int s) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const FloatPair both{row_sum(dz[r]), row_sum(p[r])};
+            if (block.has(r) && block.part < Tile::kKeyParts && lane_index() % 4 == 0) {
+                const int64_t row = block.at(block.split * Tile::kKeyParts + block.part, r);
+                store_global(reinterpret_cast<FloatPair*>(block.p.sums) + row * block.p.shape.source_count + s, both);
+            }
+            dz[r] = 0.0f;
+            p[r] = 0.0f;
+        }
+    }
 };
+
+// p and ds of a warp's 16 rows and its part of a tile's keys, to shared memory; dz and p into `sums`.
+template <typename T, int D, typename Tile>
+__device__ __forceinline__ void score(
+    const FewBlock<Tile>& block, const ShareOfTiles<Tile::kColumns>& tile, const float (&lse)[2], FewSums& sums,
+    SharedAddress query, SharedAddress grad_out, SharedAddress keys, SharedAddress values, SharedAddress weights,
+    SharedAddress grads) {
+    constexpr int kColumns = Tile::kColumns, kN = kColumns / 8 / Tile::kKeyParts;
+    const FewParams& p = block.p;
+    const BackwardSource& source = p.sources[tile.source];
+    const int key = block.part * 8 * kN;
+    float x[1][kN][4], dz[1][kN][4], weight[kN][4];
+    clear(x);
+    clear(dz);
+    multiply_rows<T, 1, kN, D>(x, query, block.warp_row, keys, key);
+    multiply_rows<T, 1, kN, D>(dz, grad_out, block.warp_row, values, key);
+    prepare(x[0], p.shape.logits);
+    if (!tile.full(source, block.b, block.span.first, block.span.last)) {
+        mask_fragment(
+            x[0], tile.seen_by(source, block.b, block.rows[0].i) >> key,
+            tile.seen_by(source, block.b, block.rows[1].i) >> key);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const float shift = source_bias(source, block.b, block.head(r)) - lse[r];
+        const float delta =
+            load_global(p.delta + tile.source * p.delta_source + block.padded_at(block.head(r), block.rows[r].i));
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+            for (int c = 2 * r; c < 2 * r + 2; ++c) {
+                weight[n][c] = exp2_approx(multiply_add(x[0][n][c], p.shape.logits.unit, shift));
+                dz[0][n][c] = weight[n][c] * (dz[0][n][c] - delta);
+                sums.p[r] += weight[n][c];
+                sums.dz[r] += dz[0][n][c];
+            }
+        }
+    }
+    uint32_t packed[kN / 2][4];
+    pack_fragment<T>(packed, weight);
+    store_scores<kColumns, kN>(weights, block.own, key / 8, packed);
+    through_cap(dz[0], x[0], p.shape.logits);
+    pack_fragment<T>(packed, dz[0]);
+    store_scores<kColumns, kN>(grads, block.own, key / 8, packed);
+}
 
 template <typename T, int D, int ROWS>
 __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::kBlocks)
     attn_bwd_few_kernel(const __grid_constant__ FewParams p) {
     using Tile = FewTile<D, ROWS>;
     constexpr int kColumns = Tile::kColumns, kThreads = Tile::kThreads;
-    constexpr int kN = kColumns / 8 / Tile::kKeyParts, kPairN = D / 8 / Tile::kPairParts;
-    constexpr int kQueryN = D / 8 / Tile::kQueryParts;
+    constexpr int kPairN = D / 8 / Tile::kPairParts, kQueryN = D / 8 / Tile::kQueryParts;
     const Shape& shape = p.shape;
-    const int packed = shape.group * shape.rows;
-    const int split = block_index() % p.splits;
-    const int key_head = block_index() / p.splits % shape.key_heads;
-    const int b = block_index() / p.splits / shape.key_heads;
-    const QuerySpan span(shape, 0, packed - 1);
+    const FewBlock<Tile> block{p};
+    const int b = block.b, key_head = block.key_head;
+    const bool works = block.warp_row < block.packed;
     const SharedAddress query = shared_base();                  // (ROWS, D)
     const SharedAddress grad_out = query + Tile::kRowBytes;     // (ROWS, D)
     const SharedAddress pairs = grad_out + Tile::kRowBytes;     // two of K, V (kColumns, D)
     const SharedAddress weights = pairs + 4 * Tile::kKeyBytes;  // p (ROWS, kColumns)
     const SharedAddress grads = weights + Tile::kScoreBytes;    // ds (ROWS, kColumns)
 
-    // This lane's rows are own and own + 8.
-    const int warp_row = warp_index() % Tile::kRowGroups * 16, own = warp_row + lane_index() / 4;
-    const int row_part = warp_index() / Tile::kRowGroups;  // of the keys, then of the columns of dq
-    const bool works = warp_row < packed;
-    const PackedRow rows[2] = {PackedRow(shape, own), PackedRow(shape, own + 8)};
-    const auto head = [&](int r) { return key_head * shape.group + rows[r].head; };
-    const auto padded_at = [&](int h, int i) { return stride_by(b * shape.heads + h, p.rows_padded) + i; };
-    // The row's place in (B, Hq, Nq), or in the n-th of as many.
-    const auto flat = [&](int n, int r) {
-        return n * all_rows(shape) + stride_by(b * shape.heads + head(r), shape.rows) + rows[r].i;
-    };
-
+    block.clear_unseen();
     FewSums sums;
-    const auto store_sums = [&](int s) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const FloatPair both{row_sum(sums.dz[r]), row_sum(sums.p[r])};
-            if (own + 8 * r < packed && row_part < Tile::kKeyParts && lane_index() % 4 == 0) {
-                const int64_t at = flat(split * Tile::kKeyParts + row_part, r) * shape.source_count + s;
-                store_global(reinterpret_cast<FloatPair*>(p.sums) + at, both);
-            }
-            sums.dz[r] = 0.0f;
-            sums.p[r] = 0.0f;
-        }
-    };
     if (p.sums != nullptr) {
         for (int s = 0; s < shape.source_count; ++s) {
-            store_sums(s);
+            sums.store(block, s);
         }
     }
-
-    // Keys that no row sees.
-    const auto clear_keys = [&](const BackwardSource& source, int start) {
-        const int end = least(start + kColumns, source.columns);
-        if (source.grad_key.data != nullptr) {
-            store_zeros<kThreads>(source.grad_key, b, key_head, start, end, shape.dim);
-        }
-        if (source.grad_value.data != nullptr) {
-            store_zeros<kThreads>(source.grad_value, b, key_head, start, end, shape.value_dim);
-        }
-    };
-    for (int s = 0; s < shape.source_count; ++s) {
-        const BackwardSource& source = p.sources[s];
-        int begin, end;
-        const int visible = ShareOfTiles<kColumns>::visible(source, b, span, begin, end);
-        const int from = visible == 0 ? 0 : begin / kColumns;
-        for (int tile = split; tile * kColumns < source.columns; tile += p.splits) {
-            if (tile < from || tile >= from + visible) {
-                clear_keys(source, tile * kColumns);
-            }
-        }
-    }
-
-    const auto skip = [&](const ShareOfTiles<kColumns>& tile) { clear_keys(p.sources[tile.source], tile.start); };
+    const auto skip = [&](const ShareOfTiles<kColumns>& tile) { block.clear_keys(p.sources[tile.source], tile.start); };
     const auto load_pair = [&](const ShareOfTiles<kColumns>& tile, SharedAddress to) {
         if (tile.valid(p)) {
             const BackwardSource& source = p.sources[tile.source];
@@ -217,12 +279,12 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         }
         cp_async_commit();
     };
-    ShareOfTiles<kColumns> tile(p, b, span, split);
-    tile.find_seen(p, b, span, skip);
+    ShareOfTiles<kColumns> tile(p, b, block.span, block.split);
+    tile.find_seen(p, b, block.span, skip);
     float lse[2] = {infinity(), infinity()};
     if (tile.valid(p)) {
         const auto lives = [&](int h, int i) {
-            const float lse2 = load_global(p.lse2 + padded_at(key_head * shape.group + h, i));
+            const float lse2 = load_global(p.lse2 + block.padded_at(key_head * shape.group + h, i));
             return lse2 != infinity();
         };
         load_packed<ROWS, D, kThreads, bf16>(query, p.query, shape, b, key_head, 0, shape.dim, lives);
@@ -234,8 +296,8 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            if (own + 8 * r < packed) {
-                lse[r] = load_global(p.lse2 + padded_at(head(r), rows[r].i));
+            if (block.has(r)) {
+                lse[r] = load_global(p.lse2 + block.padded_at(block.head(r), block.rows[r].i));
             }
         }
     }
@@ -248,44 +310,12 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         cp_async_wait<0>();
         barrier();  // K and V are there; nobody reads those before, p and ds any more
         ShareOfTiles<kColumns> next = tile;
-        next.step(p, b, span);
-        next.find_seen(p, b, span, skip);
+        next.step(p, b, block.span);
+        next.find_seen(p, b, block.span, skip);
         load_pair(next, pairs + (stage ^ 1) * 2 * Tile::kKeyBytes);
 
-        if (works && row_part < Tile::kKeyParts) {
-            const int key = row_part * 8 * kN;
-            float x[1][kN][4], dz[1][kN][4];
-            clear(x);
-            clear(dz);
-            multiply_rows<T, 1, kN, D>(x, query, warp_row, keys, key);
-            multiply_rows<T, 1, kN, D>(dz, grad_out, warp_row, values, key);
-            prepare(x[0], shape.logits);
-            if (!tile.full(source, b, span.first, span.last)) {
-                mask_fragment(
-                    x[0], tile.seen_by(source, b, rows[0].i) >> key, tile.seen_by(source, b, rows[1].i) >> key);
-            }
-            uint32_t packed_p[kN / 2][4], packed_ds[kN / 2][4];
-            float weight[kN][4];
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                const float shift = source_bias(source, b, head(r)) - lse[r];
-                const float delta = load_global(p.delta + tile.source * p.delta_source + padded_at(head(r), rows[r].i));
-#pragma unroll
-                for (int n = 0; n < kN; ++n) {
-#pragma unroll
-                    for (int c = 2 * r; c < 2 * r + 2; ++c) {
-                        weight[n][c] = exp2_approx(multiply_add(x[0][n][c], shape.logits.unit, shift));
-                        dz[0][n][c] = weight[n][c] * (dz[0][n][c] - delta);
-                        sums.p[r] += weight[n][c];
-                        sums.dz[r] += dz[0][n][c];
-                    }
-                }
-            }
-            pack_fragment<T>(packed_p, weight);
-            store_scores<kColumns, kN>(weights, own, key / 8, packed_p);
-            through_cap(dz[0], x[0], shape.logits);
-            pack_fragment<T>(packed_ds, dz[0]);
-            store_scores<kColumns, kN>(grads, own, key / 8, packed_ds);
+        if (works && block.part < Tile::kKeyParts) {
+            score<T, D>(block, tile, lse, sums, query, grad_out, keys, values, weights, grads);
         }
         barrier();  // p and ds are there; nobody reads V any more
 
@@ -294,7 +324,7 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         if (source.grad_value.data != nullptr && 8 * chunk < shape.value_dim) {
             float dv[1][kPairN][4];
             clear(dv);
-            sum_over_rows<T, ROWS, kColumns, D>(dv, weights, key, grad_out, chunk, packed);
+            sum_over_rows<T, ROWS, kColumns, D>(dv, weights, key, grad_out, chunk, block.packed);
             store_keys<T, D>(
                 dv[0], 1.0f, values, key, chunk, source.grad_value, b, key_head, tile.start, source.columns,
                 shape.value_dim);
@@ -302,7 +332,7 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         if (source.grad_key.data != nullptr && 8 * chunk < shape.dim) {
             float dk[1][kPairN][4];
             clear(dk);
-            sum_over_rows<T, ROWS, kColumns, D>(dk, grads, key, query, chunk, packed);
+            sum_over_rows<T, ROWS, kColumns, D>(dk, grads, key, query, chunk, block.packed);
             store_keys<T, D>(
                 dk[0], shape.scale, values, key, chunk, source.grad_key, b, key_head, tile.start, source.columns,
                 shape.dim);
@@ -310,15 +340,15 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         if (p.partial != nullptr && works) {
             uint32_t ds[1][kColumns / 16][4];
             const int lane = recomputed(lane_index());
-            const SharedAddress from = chunk_address<kColumns>(grads, warp_row + lane % 16, lane / 16);
+            const SharedAddress from = chunk_address<kColumns>(grads, block.warp_row + lane % 16, lane / 16);
 #pragma unroll
             for (int k = 0; k < kColumns / 16; ++k) {
                 ldmatrix_x4(ds[0][k], to_the_right<kColumns>(from, 2 * k));
             }
-            multiply_columns<T, 1, kQueryN, kColumns / 16, D>(dq, ds, keys, row_part * kQueryN);
+            multiply_columns<T, 1, kQueryN, kColumns / 16, D>(dq, ds, keys, block.part * kQueryN);
         }
         if (p.sums != nullptr && next.source != tile.source) {
-            store_sums(tile.source);
+            sums.store(block, tile.source);
         }
         tile = next;
     }
@@ -327,9 +357,9 @@ __global__ void __launch_bounds__(FewTile<D, ROWS>::kThreads, FewTile<D, ROWS>::
         float* to[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            to[r] = own + 8 * r < packed ? p.partial + flat(split, r) * width : nullptr;
+            to[r] = block.has(r) ? p.partial + block.at(block.split, r) * width : nullptr;
         }
-        store_partial(dq[0], to, row_part * kQueryN * 8, width);
+        store_partial(dq[0], to, block.part * kQueryN * 8, width);
     }
 }
 
