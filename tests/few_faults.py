@@ -22,9 +22,7 @@ FAULTS = [
     Fault("split: K is used one group too early", _SPLIT, "cp_async_wait<Tile::kSlots - 2>();\n        barrier();  // K",
           "cp_async_wait<Tile::kSlots - 1>();\n        barrier();  // K"),
     Fault("split: no barrier before a slot of K is filled again", _SPLIT, "barrier();  // V is there", "// V is there"),
-    Fault("split: the bias of a group's first head for all", _SPLIT, "source_bias(source, b, head(1))", "source_bias(source, b, head(0))"),
     Fault("combine: a split's values are not rescaled", _SPLIT, "return exp2_approx(highest - largest);", "return highest == -infinity() ? 0.0f : 1.0f;"),
-    Fault("a split loses its last tile", _PACKED, "left = least(share, total - before);", "left = least(share - (share > 1), total - before);"),
     Fault("queries of a tile over two heads span one head's", _PACKED, "last = over ? shape.rows - 1 : last_row % shape.rows;", "last = last_row % shape.rows;"),
     Fault("what no split wrote is read", _PACKED, "if (d < width && scale != 0.0f) {", "if (d < width) {"),
     Fault("few: no barrier before p and ds are read", _FEW, "barrier();  // p and ds are there", "// p and ds are there"),
@@ -32,7 +30,6 @@ FAULTS = [
     Fault("few: keys that no row sees keep what was there", _FEW, "if (tile < from || tile >= from + visible) {", "if (tile < from) {"),
     Fault("few: tiles of holes keep what was there", _FEW, "{ block.clear_keys(p.sources[tile.source], tile.start); };", "{};"),
     Fault("few: dead rows are read", _FEW, "!= infinity();", "!= -infinity();"),
-    Fault("few: row sums run on into the next source", _FEW, "            dz[r] = 0.0f;\n", ""),
 ]  # fmt: skip
 
 
