@@ -20,11 +20,12 @@ def load(name: str) -> Any:
 
 
 def order(problem: Problem) -> tuple[str, ...]:
-    """The backends in the order they are tried; Triton before CUDA for few queries and long keys, which it splits."""
-    names = ORDER.get(problem.query.device.type, ("reference",))
-    if names[0] == "cuda" and triton.are_few(problem):
-        return ("triton", *(name for name in names if name != "triton"))
-    return names
+    """The backends in the order they are tried.
+
+    The same for every problem: CUDA and Triton both have kernels for few queries and long keys, which wait for the same
+    bytes, and the CUDA launch takes a third of the time of Triton's on the host (bench/notes.md).
+    """
+    return ORDER.get(problem.query.device.type, ("reference",))
 
 
 def choose(problem: Problem, backend: str | None) -> str:

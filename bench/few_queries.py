@@ -5,14 +5,23 @@
 Method. A pass takes the longest of three times: its bytes over the copy rate of the chip; its bytes over what the
 multiprocessors it occupies can draw from the second-level cache (64 bytes a clock each); its products over what these
 can multiply. Partials are written and read once at that cache's rate, each further kernel costs a launch. K and V are
-read once a pass (twice in the plain backward, whose dQ pass has the forward's grid), dK and dV written once.
+read once a pass (twice in the plain backward, whose dQ pass has the forward's grid), dK and dV written once. Both
+languages split alike, so the first table is of both.
+
+The second table asks whether the CUDA kernels keep up with the copy: for each tile the clocks that its bytes take at
+the multiprocessor's share of the copy rate (K and V, and in the backward dK and dV too), and those of the busiest unit
+by docs/machine_code.csv, all rows of the tile being there.
 """
 
 from __future__ import annotations
 
+import re
+
 import torch
 
+from attnfuse.backends import few
 from attnfuse.cli import table
+from attnfuse.machine import table as machine_code
 from attnfuse.triton_kernels import tuning
 
 # NVIDIA H100 SXM: multiprocessors, clock, copy rate, second-level cache, dense bf16 FLOP a clock and multiprocessor.
@@ -42,7 +51,7 @@ def predict(batch: int, heads: int, rows: int, keys: int, dim: int) -> tuple[int
     product = 2 * grid * max(rows, 16) * keys * dim  # of one matrix product
     plain_rows = tuning.tile(90, torch.bfloat16, dim, "fwd").block_m
     plain = grid * -(-rows // plain_rows)
-    splits = tuning.splits(grid, keys, rows, MULTIPROCESSORS)
+    splits = few.split_count(grid, keys, rows, MULTIPROCESSORS)
     partial = 2 * 4 * splits * grid * rows * (dim + 2) / CACHE + LAUNCH if splits > 1 else 0.0
     ahead = seconds(stream, 2 * product, plain)
     ahead_split = seconds(stream, 2 * product, grid * splits) + partial
@@ -50,6 +59,23 @@ def predict(batch: int, heads: int, rows: int, keys: int, dim: int) -> tuple[int
     back = seconds(stream, 3 * product, plain) + seconds(2 * stream, 4 * product, grid * column_tiles) + LAUNCH
     back_few = seconds(2 * stream, 5 * product, grid * splits) + partial
     return splits, ahead, ahead_split if 2 * plain <= MULTIPROCESSORS and splits > 1 else ahead, back, back_few
+
+
+def kernels() -> list[tuple[str, ...]]:
+    """For each CUDA kernel: pass, head dim, rows, KB of a tile, clocks of them, of two units, share of the busiest."""
+    rows = []
+    for line in machine_code.kept():
+        named = re.fullmatch(r"(attn_fwd_split|attn_bwd_few)_kernel<bf16, (\d+), (\d+)>", line.kernel)
+        if named is None or line.arch != "sm_90":
+            continue
+        pass_, dim, most = named[1], int(named[2]), int(named[3])
+        columns = int(re.match(r"\d+x(\d+)", line.tile)[1])  # type: ignore[index]
+        tile_bytes = (2 if pass_ == "attn_fwd_split" else 4) * columns * dim * 2
+        copy = tile_bytes / (COPY / MULTIPROCESSORS / CLOCK)
+        busiest = max(float(x) for x in (line.tensor, line.ex2, line.fp32, line.issue, line.shared))
+        cells = (dim, most, f"{tile_bytes / 1024:.0f}", f"{copy:.0f}", line.issue, line.shared, f"{busiest / copy:.0%}")
+        rows.append((pass_, *cells))
+    return [tuple(map(str, row)) for row in sorted(rows)]
 
 
 def main() -> None:
@@ -61,6 +87,8 @@ def main() -> None:
         ratios = (f"{ahead / ahead_split:.1f}x", f"{back / back_few:.1f}x")
         rows.append((name, *map(str, shape), str(splits), *times[:2], ratios[0], *times[2:], ratios[1]))
     table.show(columns, rows)
+    units = ("kernel", "D", "rows", "KB", "clocks of the copy", "of issue", "of shared memory", "busiest / copy")
+    table.show(units, kernels())
 
 
 if __name__ == "__main__":

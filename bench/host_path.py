@@ -83,7 +83,12 @@ def microseconds(calls: dict[str, Call], number: int, repeats: int) -> dict[str,
 @contextmanager
 def no_launches() -> Iterator[None]:
     """CUDA and Triton up to the launch: a module that takes the params and a kernel that is never compiled."""
-    module = SimpleNamespace(ForwardParams=lambda *params: params, attn_fwd=lambda params, stream: None)
+    module = SimpleNamespace(
+        ForwardParams=lambda *params: params,
+        attn_fwd=lambda params, stream: None,
+        few_tile=lambda name, dim, rows: (name, 16, 64, 128, 0),
+        multiprocessor_count=lambda device: 132,
+    )
     held = cuda._module
     cuda._module = lambda problem: module  # type: ignore[assignment]
     try:

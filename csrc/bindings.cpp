@@ -9,6 +9,7 @@
 #include <string>
 
 #include "attention.h"
+#include "few.h"
 #ifdef ATTNFUSE_EMULATION
 #include "machine.h"
 #endif
@@ -137,6 +138,25 @@ BackwardParams backward_params(
     return params;
 }
 
+SplitParams split_params(
+    const py::tuple& shape, const py::tuple& tensors, const py::tuple& sources, const py::tuple& split) {
+    SplitParams params{forward_params(shape, tensors, sources)};
+    Items(split, "split", 3).read_all(params.splits, params.partial, params.state);
+    return params;
+}
+
+FewParams few_params(
+    const py::tuple& shape, const py::tuple& tensors, const py::tuple& scratch, const py::tuple& sources,
+    const py::tuple& few) {
+    FewParams params{backward_params(shape, tensors, scratch, sources)};
+    Items(few, "few", 2).read_all(params.splits, params.partial);
+    return params;
+}
+
+py::tuple told(const TileShape& tile) {
+    return py::make_tuple(tile.pass, tile.rows, tile.columns, tile.threads, tile.shared_bytes);
+}
+
 // Others may run Python while a kernel is enqueued; the emulated machine is one for the whole process.
 #ifdef ATTNFUSE_EMULATION
 using Unlocked = py::call_guard<>;
@@ -167,6 +187,11 @@ PYBIND11_MODULE(ATTNFUSE_MODULE, module) {
     py::class_<BackwardParams>(module, "BackwardParams", py::module_local())
         .def(py::init(&backward_params), "(shape, tensors, scratch, sources), see attention.h", py::pos_only());
 
+    py::class_<SplitParams>(module, "SplitParams", py::module_local())
+        .def(py::init(&split_params), "(shape, tensors, sources, split), see few.h", py::pos_only());
+    py::class_<FewParams>(module, "FewParams", py::module_local())
+        .def(py::init(&few_params), "(shape, tensors, scratch, sources, few), see few.h", py::pos_only());
+
     module.def("padded_dim", &padded_dim);
     module.def("tile_shapes", [](int dim_padded) {
         py::list shapes;
@@ -184,6 +209,22 @@ PYBIND11_MODULE(ATTNFUSE_MODULE, module) {
     module.def("attn_bwd_dq", &enqueue<BackwardParams, attn_bwd_dq>, Unlocked());
     module.def("attn_bwd_dkdv", &enqueue<BackwardParams, attn_bwd_dkdv>, Unlocked());
     module.def("attn_bwd_convert", &enqueue<BackwardParams, attn_bwd_convert>, Unlocked());
+
+    module.def("few_tile_shapes", [](int dim_padded) {
+        py::list shapes;
+        for (const TileShape& tile : few_tile_shapes(dim_padded)) {
+            shapes.append(told(tile));
+        }
+        return shapes;
+    });
+    module.def("few_tile", [](const char* pass, int dim_padded, int packed_rows) {
+        return told(few_tile(pass, dim_padded, packed_rows));
+    });
+    module.def("attn_bwd_few_rows", &attn_bwd_few_rows);
+    module.def("attn_bwd_few_parts", &attn_bwd_few_parts);
+    module.def("multiprocessor_count", &multiprocessor_count);
+    module.def("attn_fwd_split", &enqueue<SplitParams, attn_fwd_split>, Unlocked());
+    module.def("attn_bwd_few", &enqueue<FewParams, attn_bwd_few>, Unlocked());
 
 #ifdef ATTNFUSE_EMULATION
     module.def("set_seed", &emulation::set_seed);

@@ -4,12 +4,9 @@
 
 #include "attention.h"
 #include "card.h"
-#include "core/logit_units.h"
+#include "choose.h"
 
 namespace attnfuse {
-
-struct bf16;
-struct fp16;
 
 namespace sm80 {
 // Instantiated in instances/, a file for each head dim.
@@ -40,24 +37,6 @@ std::vector<TileShape> attn_fwd_tiles();
 }  // namespace sm90
 
 namespace {
-
-template <typename T>
-struct Type {
-    using type = T;
-};
-template <int D>
-struct Dim {
-    static constexpr int value = D;
-};
-
-template <typename Call>
-void with_dtype(const Shape& shape, Call call) {
-    if (shape.dtype == Dtype::bfloat16) {
-        call(Type<bf16>{});
-    } else {
-        call(Type<fp16>{});
-    }
-}
 
 template <typename Call>
 void with_dim(int dim_padded, Call call) {
@@ -121,16 +100,6 @@ bool on_hopper(const ForwardParams& p) {
         }
     }
     return true;
-}
-
-// `params` with what launchers fill in.
-template <typename Params>
-Params completed(Params params) {
-    Shape& shape = params.shape;
-    shape.group = shape.heads / shape.key_heads;
-    shape.dim_padded = padded_dim(shape.dim, shape.value_dim);
-    shape.logits = logit_units(shape.scale, shape.softcap);
-    return params;
 }
 
 }  // namespace

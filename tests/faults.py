@@ -104,7 +104,7 @@ FAULTS = [
     Fault("no gradient through the softcap", _LOGITS, "dx[n][c] * multiply_add(-t, t, 1.0f)", "dx[n][c]"),
     Fault("delta without the mass", _ROWS, "delta = multiply_add(mass_gradient, load_global(p.mass", "delta = multiply_add(0.0f, load_global(p.mass"),
     Fault("delta without the gradient of lse", _ROWS, "delta -= load_global(p.grad_lse + at);", ""),
-    Fault("delta summed over half a warp", _ROWS, "for (int mask = 16; mask > 0; mask /= 2)", "for (int mask = 8; mask > 0; mask /= 2)"),
+    Fault("delta summed over half a warp", _FRAGMENT, "for (int mask = 16; mask > 0; mask /= 2)", "for (int mask = 8; mask > 0; mask /= 2)"),
     Fault("dQ is not cleared first", _ROWS, "    if (p.dq_sum != nullptr) {\n        float* sum", "    if (false) {\n        float* sum"),
     Fault("dQ is stored instead of added", _DKDV, "add_global(sum + n * 128 + c * 32, dq[0][n][c]);", "store_global(sum + n * 128 + c * 32, dq[0][n][c]);"),
     Fault("dK is not scaled", _DKDV, "dk[0][n][c] *= p.shape.scale;", ""),

@@ -43,10 +43,13 @@ def verdicts_on(
 ) -> dict[str, str]:
     """The verdict on each fault, and on the kernels as they are under the name "".
 
-    only: the instances that `judge` needs. prepare is called with each copy of csrc before it is built.
+    only: the instances that `judge` needs. prepare is called with each copy of csrc before it is built. What another
+    call has left in root, is built upon.
     """
     folders = [root / str(n) for n in range(WORKERS)]
     for folder in folders:
+        if folder.exists():
+            continue
         shutil.copytree(build.CSRC, folder / "csrc")
         if prepare is not None:
             prepare(folder / "csrc")

@@ -15,12 +15,13 @@ from attnfuse import build
 pytestmark = pytest.mark.skipif(build.why_no_emulation() is not None, reason=str(build.why_no_emulation()))
 
 NAMES = [fault.name for fault in FAULTS]
+INSTANCES = ["attn_fwd_d64", "attn_bwd_dq_d64", "attn_bwd_dkdv_d64", "*_rows"]
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The verdict on each fault, and on the kernels as they are under the name ""."""
-    return verdicts_on(FAULTS, judge_all, ["*_d64", "*_rows"], tmp_path_factory.mktemp("faults"))
+    """The verdict on each fault, and on the kernels as they are under the name "". One folder for all such tests."""
+    return verdicts_on(FAULTS, judge_all, INSTANCES, tmp_path_factory.getbasetemp() / "planted")
 
 
 def test_every_fault_is_one_change() -> None:

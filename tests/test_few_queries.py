@@ -256,13 +256,11 @@ def test_keys_are_read_once_and_their_gradients_written_once(three_splits, monke
     assert times(stores, found.query) == {1}
 
 
-def test_on_a_gpu_triton_comes_before_cuda_for_few_queries_alone(monkeypatch):
-    """The CUDA kernels serve them too, and would leave most of the chip idle."""
+def test_few_queries_change_no_order(monkeypatch):
+    """Both languages have kernels for them: what decides elsewhere decides here."""
     monkeypatch.setitem(dispatch.ORDER, "cpu", dispatch.ORDER["cuda"])
-    assert dispatch.order(few(rows=32, keys=1024, heads=2, kv_heads=2))[0] == "triton"
-    assert dispatch.order(few(rows=32, keys=1023, heads=2, kv_heads=2))[0] == "cuda"
-    assert dispatch.order(few(rows=64, keys=4096, heads=4, kv_heads=1))[0] == "cuda"
-    assert set(dispatch.order(few(rows=32, keys=1024, heads=2, kv_heads=2))) == set(dispatch.ORDER["cuda"])
+    assert dispatch.order(few(rows=32, keys=1024, heads=2, kv_heads=2)) == dispatch.ORDER["cuda"]
+    assert dispatch.ORDER["cuda"][:2] == ("cuda", "triton")
 
 
 class Allocated(TorchDispatchMode):

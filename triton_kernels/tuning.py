@@ -112,23 +112,8 @@ def described(arch: int, dtype: torch.dtype, head_dim: int, value_dim: int, heav
     return (arch >= 90 or arch == INTERPRETER) and dtype != torch.float32 and whole and not heavy
 
 
-# Few queries, long keys: rows are the packed ones of triton_kernels/packed.py, group Nq of them.
-#
-# A split costs a partial of 4 Dv bytes a row, written and read once; its keys cost (D + Dv) times 2 or 4 bytes. From
-# 4 rows keys on, the partials are at most half of the keys' bytes, and they stay in the second-level cache.
-MIN_KEYS = 256  # that a split must have
-FEW_ROWS = 128  # the widest tile below
-LONG_KEYS = 1024  # from here on the backward is query-stationary, be it with one split
-KEYS_PER_ROW = 4
-WAVES = 2  # programs for each multiprocessor that splitting aims at
-MAX_SPLITS = 256
-
-
-def splits(programs: int, keys: int, rows: int, multiprocessors: int) -> int:
-    """How many ways `keys` visible columns are split where `programs` times that many programs would run."""
-    by_keys = keys // max(MIN_KEYS, KEYS_PER_ROW * rows)
-    by_programs = WAVES * multiprocessors // max(programs, 1)
-    return max(1, min(by_keys, by_programs, MAX_SPLITS))
+# Few queries, long keys: rows are the packed ones of triton_kernels/packed.py, group Nq of them. How many ways keys are
+# split, and from where on, is the same in every language: attnfuse/backends/few.py.
 
 
 class FewTile(NamedTuple):

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .. import build
 from ..problem import UNBOUNDED, BoundSource, Gradients, Problem
+from . import cuda_few
 from .rows import constant_when_compiled, empty_results, empty_rows, exact_delta, on_device_of, sinks_gradient
 
 # As csrc/attention.h has them.
@@ -78,35 +79,53 @@ def describe(problem: Problem) -> str:
     module = _module(problem)
     dim = module.padded_dim(problem.query.shape[3], problem.value_dim)
     out, lse, mass = empty_results(problem)
-    *tile, schedule = module.attn_fwd_tile(_forward_params(module, problem, out, lse, mass, []))
-    backward = [tile for tile in module.tile_shapes(dim) if tile[0].startswith("attn_bwd")]
-    tiles = [
-        f"{name} {rows}x{columns}, {threads // 32} warps, {shared / 1024:.0f} KB"
-        for name, rows, columns, threads, shared in (tile, *backward)
-    ]
+    *plain, schedule = module.attn_fwd_tile(module.ForwardParams(*_forward_given(problem, out, lse, mass, [])))
+    ahead, back = cuda_few.plan_forward(module, problem), cuda_few.plan_backward(module, problem)
+    told = []
+    for name, plan, few, tiles in (
+        ("forward", ahead, "attn_fwd_split", [plain]),
+        ("backward", back, "attn_bwd_few", [t for t in module.tile_shapes(dim) if t[0].startswith("attn_bwd")]),
+    ):
+        shapes = [
+            f"{name} {rows}x{columns}, {threads // 32} warps, {shared / 1024:.0f} KB"
+            for name, rows, columns, threads, shared in (
+                [cuda_few.tile(module, problem, few)] if plan.splits else tiles
+            )
+        ]
+        told.append(f"{name}: {plan.why}; tiles {'; '.join(shapes)}")
+    if ahead.splits:
+        schedule = "mma.sync, keys split over blocks"
     emulated = ", emulated" if problem.query.device.type == "cpu" else ""
-    return f"{schedule}, head dim {dim}{emulated}; tiles " + "; ".join(tiles)
+    return f"{schedule}, head dim {dim}{emulated}. {'. '.join(told)}"
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, Hq, Nq, Dv), lse (B, Hq, Nq) float32 and mass (B, Hq, Nq, S) float32, or (0,) if not wanted."""
+def forward(problem: Problem, *, splits: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """out (B, Hq, Nq, Dv), lse (B, Hq, Nq) float32 and mass (B, Hq, Nq, S) float32, or (0,) if not wanted.
+
+    splits: 0 takes the plain kernel, more splits the keys so many ways; None leaves it to `cuda_few.plan_forward`.
+    """
     query = problem.query
     out, lse, mass = empty_results(problem)
     if lse.numel() == 0:
         return out, lse, mass
     module = _module(problem)
     kept: list[Tensor] = []
+    splits = cuda_few.plan_forward(module, problem).splits if splits is None else splits
     with on_device_of(query):
-        module.attn_fwd(_forward_params(module, problem, out, lse, mass, kept), _stream(query))
+        given = _forward_given(problem, out, lse, mass, kept)
+        if splits:
+            cuda_few.forward(module, problem, splits, given, lse, _stream(query))
+        else:
+            module.attn_fwd(module.ForwardParams(*given), _stream(query))
     return out, lse, mass
 
 
-def _forward_params(
-    module: Any, problem: Problem, out: Tensor, lse: Tensor, mass: Tensor, kept: list[Tensor]
-) -> Any:
-    """attention.h's ForwardParams; what `kept` holds must live until the kernel is enqueued."""
+def _forward_given(
+    problem: Problem, out: Tensor, lse: Tensor, mass: Tensor, kept: list[Tensor]
+) -> tuple[Any, ...]:
+    """What attention.h's ForwardParams is made of; what `kept` holds must live until the kernel is enqueued."""
     tensors = (_rows(problem.query), _rows(out), lse.data_ptr(), _pointer(mass), _vector(problem.sinks, kept))
-    return module.ForwardParams(_shape(problem), tensors, tuple(_source(s, kept) for s in problem.sources))
+    return _shape(problem), tensors, tuple(_source(s, kept) for s in problem.sources)
 
 
 def backward(
@@ -118,11 +137,16 @@ def backward(
     grad_lse: Tensor | None,
     grad_mass: Tensor | None,
     needs: Sequence[bool],
+    *,
+    splits: int | None = None,
 ) -> Gradients:
     """The gradients that `needs` (aligned with Problem.tensors()) asks for.
 
-    One kernel walks the keys and values. dQ is added up in it by atomics, except where the same bits are wanted every
-    time, or sums over whole rows are (sinks, bias): then a kernel of its own walks the rows before it.
+    splits: 0 takes the plain kernels, more splits the keys so many ways wherever `cuda_few.refuses` has no objection;
+    None leaves it to `cuda_few.plan_backward`.
+
+    Of the plain kernels one walks the keys and values. dQ is added up in it by atomics, except where the same bits are
+    wanted every time, or sums over whole rows are (sinks, bias): then a kernel of its own walks the rows before it.
     """
     need_query, _, need_sinks, _, *rest = needs
     width = len(BoundSource.TENSORS)
@@ -130,7 +154,15 @@ def backward(
     need_pairs = any(need_key or need_value for need_key, need_value, *_ in need_sources)
     # Where dz is summed over a whole row, the rounding of a 16-bit `out` inside delta no longer averages out.
     exact = need_sinks or any(need_bias for *_, need_bias in need_sources)
-    fused = need_query and need_pairs and not exact and not torch.are_deterministic_algorithms_enabled()
+    if lse.numel() == 0:
+        splits = 0
+    elif splits is None:
+        splits = cuda_few.plan_backward(_module(problem), problem).splits
+    elif splits and cuda_few.refuses(_module(problem), problem) is not None:
+        splits = 0
+    fused = (
+        need_query and need_pairs and not exact and not splits and not torch.are_deterministic_algorithms_enabled()
+    )
 
     grad_query = empty_rows(problem.query) if need_query else None
     pairs = [
@@ -144,7 +176,7 @@ def backward(
             problem, out, lse, mass.contiguous(), grad_out if grad_out.stride(3) == 1 else grad_out.contiguous(),
             None if grad_lse is None else grad_lse.to(torch.float32).contiguous(),
             None if grad_mass is None else grad_mass.to(torch.float32).contiguous(),
-            grad_query, pairs, exact, fused,
+            grad_query, pairs, exact, fused, splits,
         )  # fmt: skip
     else:  # not a row that looks at a key
         sums = lse.new_zeros((*lse.shape, len(problem.sources)))
@@ -172,6 +204,7 @@ def _launch(
     pairs: list[tuple[Tensor | None, Tensor | None]],
     exact: bool,
     fused: bool,
+    splits: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Fill grad_query and `pairs`, the gradients of each source's key and value.
 
@@ -187,7 +220,9 @@ def _launch(
     lse2 = lse.new_empty((batch, heads, padded))
     live = lse.new_empty((batch, heads, padded // 64), dtype=torch.int64)
     dq_sum = lse.new_empty((batch, heads, padded, module.padded_dim(dim, problem.value_dim))) if fused else None
-    sums = lse.new_empty((*lse.shape, count, 2)) if exact else None
+    sums = None
+    if exact:
+        sums = cuda_few.empty_sums(module, problem, splits, lse) if splits else lse.new_empty((*lse.shape, count, 2))
     kept: list[Tensor] = []
     tensors = (
         _rows(query), _rows(out), _rows(grad_out), _rows(grad_query), lse.data_ptr(), _pointer(grad_lse),
@@ -198,12 +233,16 @@ def _launch(
         0 if grad_mass is None else delta.stride(0), padded,
     )  # fmt: skip
     sources = tuple(_source(source, kept, *pair) for source, pair in zip(problem.sources, pairs))
-    params = module.BackwardParams(_shape(problem), tensors, scratch, sources)
+    made = _shape(problem), tensors, scratch, sources
+    params = module.BackwardParams(*made)
     shared, summed = lse, None
     with on_device_of(query):
         stream = _stream(query)
         module.attn_bwd_delta(params, stream)
-        if exact or (grad_query is not None and not fused):
+        if splits:
+            cuda_few.backward(module, problem, splits, made, lse, grad_query is not None, stream)
+            sums = None if sums is None else sums.sum(0)
+        elif exact or (grad_query is not None and not fused):
             module.attn_bwd_dq(params, stream)
         if sums is not None:
             given = delta[0, :, :, :rows] if grad_mass is None else delta[0, :, :, :rows] + grad_mass[..., 0]
@@ -211,7 +250,7 @@ def _launch(
             shared, error = exact_delta(lse, given, grad_lse, sums)
             delta[..., :rows] += error
             summed = sums[..., 0] - error[..., None] * sums[..., 1]
-        if any(grad is not None for pair in pairs for grad in pair):
+        if not splits and any(grad is not None for pair in pairs for grad in pair):
             module.attn_bwd_dkdv(params, stream)
         if fused:
             module.attn_bwd_convert(params, stream)

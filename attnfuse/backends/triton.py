@@ -11,12 +11,13 @@ import os
 from collections.abc import Sequence
 from contextvars import copy_context
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..problem import UNBOUNDED, BoundSource, Gradients, Problem
+from .few import Plan, long_for, split_count, visible_keys
 from .rows import constant_when_compiled, empty_results, empty_rows, exact_delta, on_device_of, sinks_gradient
 
 # Wider than any sequence, and far from where int32 sums of positions would wrap.
@@ -78,13 +79,6 @@ def describe(problem: Problem) -> str:
     return ". ".join(told)
 
 
-class Plan(NamedTuple):
-    """Which kernels a pass takes: the plain ones (splits 0), or those for few queries with the keys split."""
-
-    splits: int
-    why: str
-
-
 def plan_forward(problem: Problem) -> Plan:
     """The keys are split where the plain grid, a program for each row tile and head, leaves half the chip idle.
 
@@ -93,8 +87,6 @@ def plan_forward(problem: Problem) -> Plan:
     2 programs for each multiprocessor run, of at most 128 rows each: whatever the lengths, that is no more than
     1024 (Dv + 1 + S) bytes for each multiprocessor, 18 MB on an H100 at Dv 128 with one source.
     """
-    from ..triton_kernels.tuning import splits
-
     batch, heads, rows, _ = problem.query.shape
     plain = batch * heads * -(-rows // _tile(problem, "fwd").block_m)
     multiprocessors = _multiprocessors(problem)
@@ -103,8 +95,8 @@ def plan_forward(problem: Problem) -> Plan:
     packed = problem.group * rows
     tiles = -(-packed // _few_tile(problem, "split").block_m)
     programs = batch * problem.sources[0].key.shape[1] * tiles
-    keys = _visible_keys(problem)
-    found = splits(programs, keys, packed, multiprocessors)
+    keys = visible_keys(problem)
+    found = split_count(programs, keys, packed, multiprocessors)
     if found == 1:
         return Plan(0, f"plain, {keys} visible keys are too few to be split")
     return Plan(
@@ -121,33 +113,16 @@ def plan_backward(problem: Problem, need_pairs: bool) -> Plan:
     are bounded as in `plan_forward`. Also where the plain grid fills the chip: K and V are read once instead of twice.
     need_pairs: the gradient of some source's (i, j) mask is asked for.
     """
-    from ..triton_kernels.tuning import splits
-
     reason = few_refuses(problem, need_pairs)
     if reason is not None:
         return Plan(0, f"plain, {reason}")
-    packed, keys = problem.group * problem.query.shape[2], _visible_keys(problem)
-    if keys < _long_for(packed):
+    packed, keys = problem.group * problem.query.shape[2], visible_keys(problem)
+    if keys < long_for(packed):
         return Plan(0, f"plain, {keys} visible keys are not long for {packed} rows")
     programs = problem.query.shape[0] * problem.sources[0].key.shape[1]
-    found = splits(programs, keys, packed, _multiprocessors(problem))
+    found = split_count(programs, keys, packed, _multiprocessors(problem))
     told = f"query-stationary, {packed} rows in a tile, keys split {found} ways, {programs * found} programs"
     return Plan(found, told)
-
-
-def are_few(problem: Problem) -> bool:
-    """Whether `dispatch` puts this backend before the CUDA kernels, which leave few queries to few multiprocessors."""
-    from ..triton_kernels.tuning import FEW_ROWS
-
-    packed = problem.group * problem.query.shape[2]
-    return packed <= FEW_ROWS and _visible_keys(problem) >= _long_for(packed)
-
-
-def _long_for(packed: int) -> int:
-    """From how many keys on the kernels for few queries pay for so many packed rows."""
-    from ..triton_kernels.tuning import KEYS_PER_ROW, LONG_KEYS
-
-    return max(LONG_KEYS, KEYS_PER_ROW * packed)
 
 
 def few_refuses(problem: Problem, need_pairs: bool) -> str | None:
@@ -211,21 +186,6 @@ def _every_need(problem: Problem) -> list[bool]:
 
 def _trains_a_mask(problem: Problem) -> bool:
     return any(source.attn_mask is not None and source.attn_mask.requires_grad for source in problem.sources)
-
-
-def _visible_keys(problem: Problem) -> int:
-    """How many columns some row may see, by the sources' sizes and bands; lengths and masks are on the device."""
-    rows, keys = problem.query.shape[2], 0
-    for source in problem.sources:
-        lo, hi = 0, source.key.shape[2]
-        right = 0 if source.causal else source.window_right
-        if source.offsets is None:
-            if right != UNBOUNDED:
-                hi = min(hi, rows + source.offset + right)
-            if source.window_left != UNBOUNDED:
-                lo = max(0, source.offset - source.window_left)
-        keys += max(0, hi - lo)
-    return keys
 
 
 def forward(problem: Problem, *, splits: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

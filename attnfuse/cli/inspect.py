@@ -16,7 +16,7 @@ from attnfuse.cli import table
 if TYPE_CHECKING:
     from attnfuse.machine.reading import Reading
 
-# Of both languages; the kernels for few queries are Triton's, "rows" is CUDA's.
+# Of both languages; "dkdv1", "split16" and "few16" are Triton's, "rows" is CUDA's.
 PASSES = ("fwd", "dq", "dkdv", "dkdv1", "split", "split16", "combine", "few", "few16", "reduce", "rows")
 
 

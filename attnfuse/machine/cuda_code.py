@@ -74,7 +74,8 @@ def _built(folder: Path) -> Path:
 
 def shapes(folder: Path, dim: int) -> list[Shape]:
     """Tile and shared memory of every pass at a head dim, as the extension in `folder` tells them."""
-    return [Shape(*shape) for shape in _extension(folder).tile_shapes(dim)]
+    module = _extension(folder)
+    return [Shape(*shape) for shape in (*module.tile_shapes(dim), *module.few_tile_shapes(dim))]
 
 
 def _extension(folder: Path) -> ModuleType:
@@ -88,7 +89,7 @@ def _extension(folder: Path) -> ModuleType:
 def read_all(
     arch: int,
     head_dims: Sequence[int] = (64, 96, 128, 256),
-    passes: Sequence[str] = ("fwd", "dq", "dkdv", "rows"),
+    passes: Sequence[str] = ("fwd", "dq", "dkdv", "split", "combine", "few", "reduce", "rows"),
     workers: int | None = None,
 ) -> Iterator[Reading]:
     """Every kernel of csrc/instances for `arch`; objects that have not changed are neither compiled nor read again."""
@@ -141,7 +142,7 @@ def _kernels_in(path: Path) -> list[str]:
 def _pass_of(kernel: str) -> tuple[str, int | None]:
     name = kernel.split("<")[0]
     dim = re.search(r"<\w+, (\d+)", kernel)
-    for pass_ in ("fwd", "dq", "dkdv"):
+    for pass_ in ("split", "combine", "reduce", "few", "fwd", "dq", "dkdv"):  # the longer names first
         if f"_{pass_}_" in name:
             return pass_, int(dim[1]) if dim else None
     return "rows", None
@@ -160,6 +161,9 @@ def _read(function: Function, folder: Path, arch: int, made_by: str) -> Reading:
         # Copies are tensor copies, of K and V, by warps that do nothing else.
         copied = 2 * shape.columns * dim * 2
         work = replace(work, warps=work.warps - _COPYING, block_warps=work.warps, copied=copied)
+    elif base in ("attn_fwd_split", "attn_bwd_few"):
+        # Several warps may compute the same scores: tiles are counted by what is copied, K and V.
+        work = replace(work, copied=2 * shape.columns * dim * 2)
     tile = f"{shape.rows}x{shape.columns} w{shape.threads // WARP}"
     return read_function(function, work, "cuda", arch, function.name, made_by, tile)
 
@@ -171,6 +175,12 @@ def _dkdv(arguments: Sequence[str], candidates: Sequence[Shape]) -> tuple[Shape,
     return candidates[int(small == "true" or wanted == "key")], products
 
 
+def _by_rows(products: int, arguments: Sequence[str], candidates: Sequence[Shape]) -> tuple[Shape, int]:
+    # <dtype, dim, rows>: a shape for each number of rows.
+    (shape,) = [shape for shape in candidates if shape.rows == int(arguments[2])]
+    return shape, products
+
+
 # Of a kernel that walks tiles: its shape of those csrc names for the head dim, and how many products a tile takes.
 # A new kernel gets a line here.
 WORK: dict[str, Callable[[Sequence[str], Sequence[Shape]], tuple[Shape, int]]] = {
@@ -178,4 +188,6 @@ WORK: dict[str, Callable[[Sequence[str], Sequence[Shape]], tuple[Shape, int]]] =
     "sm90::attn_fwd": lambda arguments, candidates: (candidates[0], 2),
     "attn_bwd_dq": lambda arguments, candidates: (candidates[0], 3),
     "attn_bwd_dkdv": _dkdv,
+    "attn_fwd_split": partial(_by_rows, 2),
+    "attn_bwd_few": partial(_by_rows, 5),
 }

@@ -108,7 +108,8 @@ def cuda(lines: Sequence[Line]) -> str:
             Instructions are those of one iteration over an ordinary tile: what is branched around there (masks,
             softcap, unaligned copies, rescaling) is not counted. Products, exponentials and accesses of shared memory
             are of one warp. Where a pass has two kernels at a head dim, `true` is for cards whose blocks may have
-            99 KB, and `value` and `key` are two launches. `sm90::` are Hopper's own kernels (wgmma and tensor copies),
+            99 KB, and `value` and `key` are two launches; of the kernels for few queries a third number is the rows
+            they take. `sm90::` are Hopper's own kernels (wgmma and tensor copies),
             compiled for sm_90a: one loop walks full and masked tiles, and what local memory it touches is touched for
             masked ones.
         """),

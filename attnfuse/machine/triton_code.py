@@ -181,12 +181,13 @@ def arguments_of(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
     """The kernel of a configuration, its positional arguments and its constexprs, for N = 4096 and 16 heads."""
     from triton.runtime.jit import MockTensor
 
+    from ..backends.few import MAX_SPLITS
     from ..triton_kernels.attn_bwd import attn_bwd_dkdv, attn_bwd_dq
     from ..triton_kernels.attn_bwd_few import attn_bwd_few, attn_bwd_few_reduce
     from ..triton_kernels.attn_fwd import attn_fwd
     from ..triton_kernels.attn_fwd_split import attn_fwd_combine, attn_fwd_split
     from ..triton_kernels.tile import Shared, Source, Strided
-    from ..triton_kernels.tuning import MAX_SPLITS, described, padded
+    from ..triton_kernels.tuning import described, padded
 
     dtype, dim = DTYPES[config.dtype], config.head_dim
     everything, one_query = config.variant == "everything", config.pass_.endswith("16")

@@ -62,4 +62,19 @@ __device__ __forceinline__ float row_maximum(float x) {
     return maximum(x, shuffle_xor(x, 2));
 }
 
+// The same over all lanes of a warp.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+        x += shuffle_xor(x, mask);
+    }
+    return x;
+}
+__device__ __forceinline__ float warp_maximum(float x) {
+    x = row_maximum(x);
+    x = maximum(x, shuffle_xor(x, 4));
+    x = maximum(x, shuffle_xor(x, 8));
+    return maximum(x, shuffle_xor(x, 16));
+}
+
 }  // namespace attnfuse

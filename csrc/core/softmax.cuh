@@ -35,9 +35,15 @@ struct OnlineSoftmax {
     __device__ __forceinline__ static bool holds(int m, int r) { return lane_index() % 4 == 2 * m + r; }
 
     // Fragment m of one tile from x to p, unnormalised. rescale(r, shrink) is called for each row, with what brings its
-    // part of `out` to the new maximum.
+    // part of `out` to the new maximum. bias: one for all rows, or that of rows r = 0 and 1.
     template <int N, typename Rescale>
     __device__ __forceinline__ void add_tile(int m, float (&x)[N][4], float unit, float bias, Rescale rescale) {
+        const float both[2] = {bias, bias};
+        add_tile(m, x, unit, both, rescale);
+    }
+    template <int N, typename Rescale>
+    __device__ __forceinline__ void add_tile(
+        int m, float (&x)[N][4], float unit, const float (&bias)[2], Rescale rescale) {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float highest = -infinity();
@@ -45,14 +51,14 @@ struct OnlineSoftmax {
             for (int n = 0; n < N; ++n) {
                 highest = maximum(highest, maximum(x[n][2 * r], x[n][2 * r + 1]));
             }
-            const float now = maximum(largest[m][r], multiply_add(row_maximum(highest), unit, bias));
+            const float now = maximum(largest[m][r], multiply_add(row_maximum(highest), unit, bias[r]));
             // A row that has seen nothing yet: e^(-inf - 0) = 0 rather than e^(-inf + inf).
             const float from = now == -infinity() ? 0.0f : now;
             const float shrink = exp2_approx(largest[m][r] - from);
             largest[m][r] = now;
             sum[m][r] *= shrink;
             rescale(r, shrink);
-            const float shift = bias - from;
+            const float shift = bias[r] - from;
 #pragma unroll
             for (int n = 0; n < N; ++n) {
 #pragma unroll

@@ -34,6 +34,9 @@ __device__ __forceinline__ uint16_t load_shared_16(SharedAddress from) {
     return x;
 }
 // Two consecutive floats, on 8 bytes.
+__device__ __forceinline__ void store_shared_pair(SharedAddress to, float low, float high) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(low), "f"(high) : "memory");
+}
 __device__ __forceinline__ void load_shared_pair(float& low, float& high, SharedAddress from) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(low), "=f"(high) : "r"(from) : "memory");
 }

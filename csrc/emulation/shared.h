@@ -16,6 +16,10 @@ struct alignas(16) Words4 {
 
 namespace emulation {
 
+struct Floats {
+    float low, high;
+};
+
 template <typename X>
 inline X load_shared(SharedAddress from, Where where) {
     X x;
@@ -44,12 +48,13 @@ inline void store_shared_128(SharedAddress to, const Words4& x, emulation::Where
 inline uint16_t load_shared_16(SharedAddress from, emulation::Where where = emulation::Where::current()) {
     return emulation::load_shared<uint16_t>(from, where);
 }
+inline void store_shared_pair(
+    SharedAddress to, float low, float high, emulation::Where where = emulation::Where::current()) {
+    emulation::store_shared(to, emulation::Floats{low, high}, where);
+}
 inline void load_shared_pair(
     float& low, float& high, SharedAddress from, emulation::Where where = emulation::Where::current()) {
-    struct Floats {
-        float low, high;
-    };
-    const Floats floats = emulation::load_shared<Floats>(from, where);
+    const emulation::Floats floats = emulation::load_shared<emulation::Floats>(from, where);
     low = floats.low;
     high = floats.high;
 }

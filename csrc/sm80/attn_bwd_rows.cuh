@@ -45,14 +45,6 @@ __device__ __forceinline__ float lane_product(const BackwardParams& p, int b, in
     return sum;
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) {
-        x += shuffle_xor(x, mask);
-    }
-    return x;
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kRowsThreads) attn_bwd_delta_kernel(const __grid_constant__ BackwardParams p) {
     const int words = p.rows_padded / kRowsBlock;
