@@ -337,11 +337,12 @@ def test_configurations_are_shared_out() -> None:
     assert len(pool.triton_tasks(wanted, 16)) >= 64  # enough for every process
 
 
-# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_80 and sm_90. Of sm_100
-# and sm_120 it has no float32, no masks and features, and no head dims 96 and 256.
+# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_80 and sm_90; at head dims
+# 64 and 128 16 bit of sm_120, and of sm_100 what has neither masks nor features.
 KEPT: tuple[dict[str, Any], ...] = (
     {"archs": (80, 90)},
-    {"archs": (100, 120), "passes": [p for p in triton_code.PASSES if p != "dkdv1"], "dtypes": ("bf16",),
+    {"archs": (120,), "dtypes": ("bf16",), "head_dims": (64, 128)},
+    {"archs": (100,), "passes": [p for p in triton_code.PASSES if p != "dkdv1"], "dtypes": ("bf16",),
      "head_dims": (64, 128), "variants": ("plain",)},
 )  # fmt: skip
 
@@ -401,7 +402,12 @@ def hold_to_promises(found: list[table.Line]) -> None:
 
 
 # What touches local memory although kernels of its kind should not, and how often.
-SPILLS = {("sm_100", "reduce bf16 d128 plain"): "2"}
+SPILLS = {
+    ("sm_100", "reduce bf16 d128 plain"): "2",
+    ("sm_120", "dkdv bf16 d128 causal"): "1",
+    ("sm_120", "dkdv1 bf16 d64 causal"): "1",
+    ("sm_120", "few bf16 d128 causal"): "1",
+}
 # Instructions for a score element at most.
 MOST = {
     ("sm_90", "fwd bf16 d128 plain", "full"): 8.0,
