@@ -337,8 +337,8 @@ def test_configurations_are_shared_out() -> None:
     assert len(pool.triton_tasks(wanted, 16)) >= 64  # enough for every process
 
 
-# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_80 and sm_90; at head dims
-# 64 and 128 16 bit of sm_120, and of sm_100 what has neither masks nor features.
+# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_80 and sm_90; at head
+# dims 64 and 128 16 bit of sm_120, and of sm_100 what has neither masks nor features.
 KEPT: tuple[dict[str, Any], ...] = (
     {"archs": (80, 90)},
     {"archs": (120,), "dtypes": ("bf16",), "head_dims": (64, 128)},
