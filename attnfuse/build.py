@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from hashlib import sha256
@@ -129,19 +129,48 @@ def architectures() -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def build_cuda(build_dir: Path, output: Path, quiet: bool = False) -> Path:
-    """Compile csrc for the cards of `architectures()` into the Python extension `output`, and return it.
+def build_cuda(
+    build_dir: Path,
+    output: Path,
+    quiet: bool = False,
+    names: Sequence[str] | None = None,
+    jobs: int | None = None,
+    told: Callable[[str], None] | None = None,
+) -> Path:
+    """Compile csrc for the cards of `names` into the Python extension `output`, and return it.
 
     One object for each of csrc/instances/*.cu, with what ptxas says of its registers in build_dir/NAME.ptxas.txt.
+    names: as `architectures()` gives them, which is the default.
+    jobs: compilers that run at once, unless MAX_JOBS says it; told: called after each, with what `uncompiled` calls it.
     Raises BuildError.
     """
+    ninja, objects = _cuda_objects(build_dir, names)
+    home = cuda_home()
+    assert home is not None
+    # The runtime's symbols stay inside: torch brings a CUDA runtime of its own, maybe of another version.
+    libraries = [str(_static_runtime(home)), "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL", "-s"]
+    ninja.link(objects, output, libraries)
+    return ninja.run(output, quiet, jobs, told)
+
+
+def uncompiled(build_dir: Path, names: Sequence[str] | None = None) -> list[str]:
+    """What `build_cuda` would compile in build_dir: "nvcc instances/attn_fwd_d64.cu" and the like, without the link.
+
+    Raises BuildError.
+    """
+    ninja, objects = _cuda_objects(build_dir, names)
+    return ninja.would_run(objects)
+
+
+def _cuda_objects(build_dir: Path, names: Sequence[str] | None) -> tuple[_NinjaFile, list[str]]:
+    """How csrc is compiled for `names`, and the objects that makes."""
     reason = why_not()
     if reason is not None:
         raise BuildError(f"the CUDA extension cannot be built: {reason}")
     home = cuda_home()
     assert home is not None
-    include, static_runtime = _include(home), _static_runtime(home)
-    names = architectures()
+    include = _include(home)
+    names = architectures() if names is None else names
     project = [f"-I{CSRC / folder}" for folder in ("", "device", "core")]
     nvcc = [
         str(home / "bin" / "nvcc"), f"-ccbin={_cxx()}", "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v",
@@ -166,11 +195,7 @@ def build_cuda(build_dir: Path, output: Path, quiet: bool = False) -> Path:
         log = f"{source.stem}.ptxas.txt"
         gencode = _gencode((HOPPER,) if is_hopper else names)
         objects.append(ninja.compile("nvcc", source, CSRC, {"log": log, "gencode": _command(gencode)}))
-    objects += _host_objects(ninja, CSRC, host, "_cuda", " ".join(names))
-    # The runtime's symbols stay inside: torch brings a CUDA runtime of its own, maybe of another version.
-    libraries = [str(static_runtime), "-lrt", "-ldl", "-lpthread", "-Wl,--exclude-libs,ALL", "-s"]
-    ninja.link(objects, output, libraries)
-    return ninja.run(output, quiet)
+    return ninja, objects + _host_objects(ninja, CSRC, host, "_cuda", " ".join(names))
 
 
 def build_emulation(
@@ -281,22 +306,62 @@ class _NinjaFile:
             f"build {_escaped(output.resolve())}: link {' '.join(map(_escaped, objects))}",
         ]  # fmt: skip
 
-    def run(self, output: Path, quiet: bool) -> Path:
+    def run(
+        self, output: Path, quiet: bool, jobs: int | None = None, told: Callable[[str], None] | None = None
+    ) -> Path:
         """Have ninja bring `output` up to date. MAX_JOBS bounds the compilers that run at once, as in torch."""
         self.build_dir.mkdir(parents=True, exist_ok=True)
         output = output.resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        command = [str(_ninja()), "-C", str(self.build_dir)]
-        jobs = os.environ.get("MAX_JOBS", "")
-        if jobs:
-            command += ["-j", jobs]
+        bound = os.environ.get("MAX_JOBS") or jobs
+        command = [*self._command(), *(["-j", str(bound)] if bound else []), str(output)]
         with _locked(self.build_dir):
-            (self.build_dir / "build.ninja").write_text("\n".join(self.lines) + "\n")
-            done = subprocess.run([*command, str(output)], capture_output=quiet, text=True)
-        if done.returncode != 0:
-            said = f":\n{done.stdout}" if quiet else ", see above"
+            self._write()
+            said, failed = "", False
+            if not quiet:
+                failed = subprocess.run(command).returncode != 0
+            else:
+                said, failed = _followed(command, told)
+        if failed:
+            said = f":\n{said}" if quiet else ", see above"
             raise BuildError(f"{output.name} could not be built in {self.build_dir}{said}")
         return output
+
+    def would_run(self, objects: Sequence[str]) -> list[str]:
+        """The descriptions of what ninja would run for `objects`; it runs nothing."""
+        self.build_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(self.build_dir):
+            self._write()
+            said, failed = _followed([*self._command(), "-n", *objects])
+        if failed:
+            raise BuildError(f"ninja cannot tell what is to be built in {self.build_dir}:\n{said}")
+        return _STATUS.findall(said)
+
+    def _command(self) -> list[str]:
+        return [str(_ninja()), "-C", str(self.build_dir)]
+
+    def _write(self) -> None:
+        (self.build_dir / "build.ninja").write_text("\n".join(self.lines) + "\n")
+
+
+# What ninja prints for each command when it has ended, and before it what NINJA_STATUS asks for.
+_STATUS = re.compile(r"^\[done\] (.*)$", re.MULTILINE)
+
+
+def _followed(command: Sequence[str], told: Callable[[str], None] | None = None) -> tuple[str, bool]:
+    """What a ninja prints, and whether it failed; told: called with each description as its command ends."""
+    environment = {**os.environ, "NINJA_STATUS": "[done] "}
+    said = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            said.append(line)
+            ended = _STATUS.match(line)
+            if told is not None and ended is not None:
+                told(ended[1])
+    return "".join(said), running.returncode != 0
 
 
 @contextmanager

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.fixture(scope="module")
 def extension() -> Path:
     """The extension, from the objects that installing has left in build/cuda where it has."""
-    return cuda_code.compiled(90)[0] / f"_cuda{build.SUFFIX}"
+    return cuda_code.installed() / f"_cuda{build.SUFFIX}"
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,28 @@ def test_the_table_in_the_repository_is_this_one(readings: list[Reading]) -> Non
     if {line.toolchain for line in fresh} == {line.toolchain for line in kept.values()}:
         for line in fresh:
             assert line == kept[line.key], "the table is not of these sources: attnfuse inspect --write"
+
+
+def test_what_installing_has_left_is_read(extension: Path) -> None:
+    names = build.architectures()
+    for arch in (80, 90):
+        assert cuda_code.plan(arch) == cuda_code.Plan(arch, extension.parent, names, [])
+
+
+def test_else_one_architecture_is_compiled_alone(
+    extension: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where build/cuda is of other sources or flags, as of other architectures here, or has not this one."""
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0")
+    for arch in (80, 90, 120):
+        plan = cuda_code.plan(arch)
+        assert plan.folder == extension.parent.parent / f"cuda-sm_{arch}" and plan.names == (f"sm_{arch}",)
+        sources = {f"nvcc instances/{name}.cu" for name in cuda_code.instances(arch)}
+        assert set(plan.missing) <= sources | {"g++ bindings.cpp", "g++ launchers.cpp"}
+        assert any(name.endswith(build.HOPPER_SUFFIX) for name in cuda_code.instances(arch)) == (arch == 90)
+    assert build.uncompiled(tmp_path, ("sm_120",)) == [
+        *(f"nvcc instances/{name}.cu" for name in cuda_code.instances(120)), "g++ bindings.cpp", "g++ launchers.cpp"
+    ]  # fmt: skip
 
 
 def test_the_extension_is_small(extension: Path) -> None:

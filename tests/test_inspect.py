@@ -11,15 +11,18 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from attnfuse.build import BuildError
 from attnfuse.cli.main import main
-from attnfuse.machine import document, flow, reading, sass, table
+from attnfuse.machine import document, flow, pool, reading, sass, table, triton_code
 from attnfuse.machine.flow import Flow, loops
 from attnfuse.machine.model import Work, blocks_per_sm, cost
+from attnfuse.machine.published import flash_attention_3
 
 ROOT = Path(__file__).parent.parent
 
@@ -306,23 +309,91 @@ def test_the_table_and_its_documents_agree() -> None:
     assert document.cuda(kept) == (document.DOCS / "cuda_machine_code.md").read_text()
 
 
-# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_90, 16 bit of sm_80.
-# It has no float32 of the other architectures, and no masks, features and head dims 96 and 256 of sm_100 and sm_120.
-CHOSEN = ("fwd", "dq", "dkdv", "split", "split16", "combine", "few", "few16", "reduce")  # by default
+# Work for `pool`, at the top so that another process can be sent it.
+def a_reading(name: str) -> list[reading.Reading]:
+    return [reading.Reading("none", 90, name, "")]
+
+
+def test_what_is_announced_is_told() -> None:
+    """The bar's time left is honest: what steps take adds up to what was announced, whatever ninja has left to do."""
+    for ran in (["nvcc a", "nvcc b", "link"], ["nvcc a"], []):
+
+        def run(told: Any, ran: list[str] = ran) -> Path:
+            for command in ran:
+                told(command)
+            return Path("folder")
+
+        def then(folder: Path) -> list[pool.Task]:
+            return [pool.Task(f"{folder} {n}", 0.5, partial(a_reading, f"{folder} {n}")) for n in range(3)]
+
+        tasks = [pool.Task(name, 2.0, partial(a_reading, name)) for name in ("one", "two")]
+        build = pool.Build("sm_90", 4.0, 2, run, then, 1.5)
+        steps: list[pool.Step] = []
+        found = list(pool.done(tasks, [build], 2, steps.append))
+        assert sorted(r.kernel for r in found) == ["folder 0", "folder 1", "folder 2", "one", "two"]
+        assert sum(step.effort for step in steps) == pool.effort(tasks, [build]) == 13.5
+        assert sorted(r.kernel for step in steps for r in step.readings) == sorted(r.kernel for r in found)
+
+
+def test_a_build_that_fails_ends_it() -> None:
+    def run(told: Any) -> Path:
+        raise BuildError("no")
+
+    with pytest.raises(BuildError, match="no"):
+        list(pool.done([], [pool.Build("sm_90", 4.0, 2, run, lambda folder: [], 0.0)], 1))
+
+
+def test_configurations_are_shared_out() -> None:
+    wanted = triton_code.configs()
+    tasks = pool.triton_tasks(wanted, 2)
+    groups = [task.run.args[0] for task in tasks if isinstance(task.run, partial)]
+    assert sorted(config for group in groups for config in group) == sorted(wanted)
+    assert all(len({config.arch for config in group}) == 1 for group in groups)  # disassembled as one run
+    assert all(len(group) > 1 or pool.seconds(group[0]) > 4 for group in groups[:-8])
+    assert pool.effort(tasks, []) == pytest.approx(sum(map(pool.seconds, wanted)))
+    assert max(task.effort for task in tasks) <= pool.TOGETHER
+    longest = [max(map(pool.seconds, group)) for group in groups]
+    assert longest == sorted(longest, reverse=True)
+    assert len(pool.triton_tasks(wanted, 16)) >= 64  # enough for every process
+
+
+# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_80 and sm_90; at head
+# dims 64 and 128 16 bit of sm_120, and of sm_100 what has neither masks nor features.
 KEPT: tuple[dict[str, Any], ...] = (
-    {"archs": (90,), "passes": CHOSEN},
-    {"archs": (80,), "passes": CHOSEN, "dtypes": ("bf16",)},
-    {"archs": (100, 120), "passes": CHOSEN, "dtypes": ("bf16",), "head_dims": (64, 128), "variants": ("plain",)},
-    {"archs": (80, 90), "passes": ("dkdv1",), "dtypes": ("bf16",), "variants": ("plain", "causal")},
-)
+    {"archs": (80, 90)},
+    {"archs": (120,), "dtypes": ("bf16",), "head_dims": (64, 128)},
+    {"archs": (100,), "passes": [p for p in triton_code.PASSES if p != "dkdv1"], "dtypes": ("bf16",),
+     "head_dims": (64, 128), "variants": ("plain",)},
+)  # fmt: skip
 
 
 def test_the_table_has_the_tuned_configurations() -> None:
-    from attnfuse.machine import triton_code
-
     there = {(x.arch, x.kernel) for x in table.kept() if x.language == "triton"}
     wanted = [config for chosen in KEPT for config in triton_code.configs(**chosen)]
     assert there == {(f"sm_{c.arch}", c.kernel) for c in wanted}
+
+
+def test_hopper_kernels_have_flashattention_3s_ceiling() -> None:
+    """Or a higher one, forward and backward, as the table has them; what multiplies nothing has none."""
+    found = [x for x in table.kept() if x.kernel.startswith("sm90::") and x.loop]
+    assert found
+    for x in found:
+        theirs = flash_attention_3("fwd" if "_fwd_" in x.kernel else "bwd", int(x.kernel.split(", ")[1].rstrip(">")))
+        assert round(float(x.ceiling)) >= round(theirs.ceiling), x.name
+
+
+def test_published_figures_are_those_of_their_machine_code() -> None:
+    """Of each of FlashAttention-3's kernels one, and the shares by their ceiling's own definition."""
+    for pass_ in ("fwd", "bwd"):
+        for dim in (64, 128, 256):
+            theirs = flash_attention_3(pass_, dim)
+            assert theirs.title == f"{theirs.name} *"
+            rows, columns = map(int, theirs.name.split()[-1].split("x"))
+            # Clocks of the tensor cores and of issuing for a tile, by 8 warps, or by 12 for 192 rows.
+            tensor = (2 if pass_ == "fwd" else 5) * 2 * rows * columns * dim / 4096
+            warps = 12 if rows == 192 else 8
+            assert theirs.issue == pytest.approx(theirs.instructions * warps / 4 / tensor, abs=0.006)
+            assert theirs.per_element == pytest.approx(theirs.instructions * warps * 32 / rows / columns, abs=0.006)
 
 
 def test_the_table_keeps_what_the_project_promises() -> None:
@@ -336,21 +407,27 @@ def hold_to_promises(found: list[table.Line]) -> None:
         if (x.arch, x.kernel) in SPILLS:
             assert x.local_in_loops == SPILLS[x.arch, x.kernel], f"{x.name}: {x.local_in_loops}"
             continue
-        ordinary = x.language == "cuda" or (" bf16 " in x.kernel and not x.kernel.endswith("everything"))
+        heavy = x.kernel.endswith(("everything", "several"))
+        ordinary = x.language == "cuda" or (" bf16 " in x.kernel and not heavy)
         if x.kernel.startswith("sm90::"):  # masked tiles share the loop of the full ones
             assert x.local_in_step == "0", f"{x.name}: {x.local_in_step} local-memory instructions in its step"
         elif ordinary and any(d in x.kernel for d in (" d64 ", " d128 ", ", 64", ", 128")):
             assert x.local_in_loops == "0", f"{x.name}: {x.local_in_loops} local-memory instructions"
         pass_ = x.kernel.split()[0]
         few = pass_ in ("split", "split16", "few", "few16") and " bf16 " in x.kernel
-        if pass_ in ("combine", "reduce") or (few and not x.kernel.endswith("everything")):  # at every head dim
+        if pass_ in ("combine", "reduce") or (few and not heavy):  # at every head dim
             assert x.local_in_loops == "0", f"{x.name}: {x.local_in_loops} local-memory instructions"
         most = MOST.get((x.arch, x.kernel, x.loop))
         assert most is None or float(x.per_element) <= most, f"{x.name}: {x.per_element} instructions an element"
 
 
 # What touches local memory although kernels of its kind should not, and how often.
-SPILLS = {("sm_100", "reduce bf16 d128 plain"): "2"}
+SPILLS = {
+    ("sm_100", "reduce bf16 d128 plain"): "2",
+    ("sm_120", "dkdv bf16 d128 causal"): "1",
+    ("sm_120", "dkdv1 bf16 d64 causal"): "1",
+    ("sm_120", "few bf16 d128 causal"): "1",
+}
 # Instructions for a score element at most.
 MOST = {
     ("sm_90", "fwd bf16 d128 plain", "full"): 8.0,
@@ -408,6 +485,12 @@ open(sys.argv[1], "wb").write(kernel.warmup(*arguments, grid=(1,), **constants).
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, str(script), str(path)], env=environment, check=True)
     tile = ("--tile", "128x128", "--warps", "8", "--depths", "64", "64", "--copied", str(2 * 128 * 64 * 2))
+    # Two at once, one behind the other, are two of the same.
+    (alone,) = sass.functions(path)
+    for function in sass.of_cubins([path.read_bytes()] * 2, 90):
+        begin = function.code[0].address
+        assert function[:5] == alone[:5] and len(function.code) == len(alone.code)
+        assert [(x.address - begin, x.guard, x.name) for x in function.code] == [x[:3] for x in alone.code]
     (found,) = inspect("--object", str(path), *tile, "--shared", "114688")
     (full,) = [loop for loop in found["loops"] if loop["name"] == "full"]
     (kept,) = [x for x in table.kept() if x.key == ("triton", "sm_90", "fwd bf16 d64 plain", "full")]

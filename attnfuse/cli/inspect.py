@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 from attnfuse.cli import table
 
 if TYPE_CHECKING:
+    from attnfuse.machine.pool import Step
     from attnfuse.machine.reading import Reading
 
 # Of both languages; "dkdv1", "split16" and "few16" are Triton's, "rows" is CUDA's.
 PASSES = ("fwd", "dq", "dkdv", "dkdv1", "split", "split16", "combine", "few", "few16", "reduce", "rows")
+VARIANTS = ("plain", "causal", "everything", "several")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, nargs="+", default=[64, 96, 128, 256], choices=(64, 96, 128, 256))
     parser.add_argument("--pass", dest="passes", nargs="+", default=list(PASSES), choices=PASSES)
     parser.add_argument("--dtype", nargs="+", default=["bf16", "fp32"], choices=("bf16", "fp32"), help="of Triton's")
-    parser.add_argument("--variant", nargs="+", default=["plain", "causal", "everything"], help="of Triton's",
-                        choices=("plain", "causal", "everything"))  # fmt: skip
+    parser.add_argument("--variant", nargs="+", default=list(VARIANTS), help="of Triton's", choices=VARIANTS)
     parser.add_argument("--mix", action="store_true", help="each loop's instructions by kind, a tile and an element")
     parser.add_argument("--workers", type=int, help="compilers at once; default: one a core")
     parser.add_argument("--write", action="store_true", help="put what was read into docs/machine_code.csv")
@@ -75,26 +76,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_kernels(args: argparse.Namespace) -> list[Reading]:
-    from attnfuse.machine import cuda_code, triton_code
+    from attnfuse.machine import cuda_code, pool, triton_code
 
-    wanted = triton_code.configs(args.arch, args.dtype, args.head_dim, args.passes, args.variant)
-    wanted = [c for c in wanted if c.pass_ in triton_code.PASSES]
     found: list[Reading] = []
+    tasks: list[pool.Task] = []
+    builds: list[pool.Build] = []
+    if "triton" in args.language:
+        os.environ.pop("TRITON_INTERPRET", None)
+        wanted = triton_code.configs(
+            args.arch, args.dtype, args.head_dim, [p for p in args.passes if p in triton_code.PASSES], args.variant
+        )
+        known = {config: triton_code.read_known(config) for config in wanted}
+        found += [reading for reading in known.values() if reading is not None]
+        tasks = pool.triton_tasks([config for config in wanted if known[config] is None], args.workers)
+    if "cuda" in args.language:
+        reason = cuda_code.why_not()
+        if reason is not None:
+            raise ValueError(f"the CUDA kernels cannot be compiled: {reason} (--language triton leaves them out)")
+        builds = [pool.cuda_build(arch, args.head_dim, args.passes, args.workers) for arch in args.arch]
     with ExitStack() as stack:
-        total = len(wanted) * ("triton" in args.language)
-        step = _progress(stack, total, args.json)
-        if "triton" in args.language:
-            os.environ.pop("TRITON_INTERPRET", None)
-            for reading in triton_code.read_all(wanted, args.workers):
-                found.append(reading)
-                step(reading.name)
-        if "cuda" in args.language:
-            reason = cuda_code.why_not()
-            if reason is not None:
-                raise ValueError(f"the CUDA kernels cannot be compiled: {reason} (--language triton leaves them out)")
-            for arch in args.arch:
-                step(f"nvcc sm_{arch}")
-                found += list(cuda_code.read_all(arch, args.head_dim, args.passes, args.workers))
+        step = _progress(stack, pool.effort(tasks, builds), args.json)
+        found += pool.done(tasks, builds, args.workers, step)
     return found
 
 
@@ -136,11 +138,11 @@ def _print(readings: Sequence[Reading], mix: bool) -> None:
     print("ex2, fp32, issue, smem: clocks relative to the tensor cores'; hidden: exponentials issued while a wgmma is")
     print("in flight; ceiling: TFLOP/s if the busiest unit never waited. Counted from machine code, nothing was timed.")
     if any(r.arch == 90 for r in readings):
-        print("\nPublished kernels on sm_90, figures read from their sources and papers:")
+        print("\nPublished kernels on sm_90; those marked * were compiled from their sources and read by this model:")
         table.show(
             ("kernel", "pass", "head dim", "instr", "/element", "ex2", "issue", "smem", "ceiling", "reached"),
             [
-                (p.name, p.pass_, str(p.head_dim), str(p.instructions), _number(p.per_element, ".2f"),
+                (p.title, p.pass_, str(p.head_dim), str(p.instructions), _number(p.per_element, ".2f"),
                  *(f"{x:.0%}" for x in (p.ex2, p.issue, p.shared)), f"{p.ceiling:.0f}", _number(p.reached, "d"))
                 for p in PUBLISHED
             ],
@@ -181,17 +183,19 @@ def _number(x: float | None, form: str) -> str:
     return "-" if x is None else format(x, form)
 
 
-def _progress(stack: ExitStack, total: int, is_json: bool) -> Callable[[str], None]:
-    """A function to call after each kernel: it moves a bar on a terminal, and does nothing elsewhere."""
+def _progress(stack: ExitStack, total: float, is_json: bool) -> Callable[[Step], None]:
+    """A function to call after each step: it moves a bar on a terminal, and does nothing elsewhere."""
     if is_json or not table.is_rich():
-        return lambda label: None
+        return lambda step: None
     from rich import progress as bar
 
     progress = stack.enter_context(
         bar.Progress(
-            bar.TextColumn("{task.description:<36}"), bar.BarColumn(), bar.MofNCompleteColumn(),
+            bar.TextColumn("{task.description:<48}"), bar.BarColumn(), bar.TaskProgressColumn(),
             bar.TimeElapsedColumn(), bar.TimeRemainingColumn(), transient=True,
+            # The speed of the whole run so far: steps differ, and come in by several.
+            speed_estimate_period=3600,
         )
     )  # fmt: skip
     task = progress.add_task("", total=total)
-    return lambda label: progress.update(task, advance=1, description=label)
+    return lambda step: progress.update(task, advance=step.effort, description=step.name)

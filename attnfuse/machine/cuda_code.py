@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .. import build
 from .model import WARP, Work
-from .reading import Reading, hash_of, kept, read_function
+from .reading import Reading, hash_of, keep, read_function, recalled
 from .sass import Function, demangled, functions, printed
 
 ROOT = build.CSRC.parent
@@ -47,29 +47,36 @@ def toolchain() -> str:
     return "nvcc " + printed(str(home / "bin" / "nvcc"), "--version").split(", V")[-1].split()[0]
 
 
-def compiled(arch: int) -> tuple[Path, str]:
-    """The folder with the objects of csrc/instances and the extension for `arch`, and their architecture's name.
-
-    Where installing compiles for it, in that same folder, so that nothing is compiled twice.
-    """
-    names = build.architectures()
-    for name in (f"sm_{arch}a", f"sm_{arch}"):
-        if name in names:
-            return _built(ROOT / "build" / "cuda"), f"sm_{arch}"
-    before = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    os.environ["TORCH_CUDA_ARCH_LIST"] = f"{arch // 10}.{arch % 10}"
-    try:
-        return _built(ROOT / "build" / f"cuda-sm_{arch}"), f"sm_{arch}"
-    finally:
-        if before is None:
-            del os.environ["TORCH_CUDA_ARCH_LIST"]
-        else:
-            os.environ["TORCH_CUDA_ARCH_LIST"] = before
+def installed() -> Path:
+    """build/cuda, with the objects and the extension that installing makes: for all of its architectures."""
+    folder = ROOT / "build" / "cuda"
+    return build.build_cuda(folder, folder / f"_cuda{build.SUFFIX}", quiet=True).parent
 
 
-def _built(folder: Path) -> Path:
-    build.build_cuda(folder, folder / f"_cuda{build.SUFFIX}", quiet=True)
-    return folder
+class Plan(NamedTuple):
+    """Where csrc is compiled for an architecture, and what of it is not compiled yet."""
+
+    arch: int
+    folder: Path
+    names: tuple[str, ...]  # of the architectures that are compiled in the folder
+    missing: list[str]  # as `build.uncompiled` has them
+
+
+def plan(arch: int) -> Plan:
+    """For `arch` alone, unless installing has left its objects of today's sources in build/cuda."""
+    names, installed = build.architectures(), ROOT / "build" / "cuda"
+    ours = {f"sm_{arch}", f"sm_{arch}a"} & set(names)
+    if ours and (installed / "build.ninja").exists() and not build.uncompiled(installed, names):
+        return Plan(arch, installed, names, [])
+    folder, alone = ROOT / "build" / f"cuda-sm_{arch}", (f"sm_{arch}",)
+    return Plan(arch, folder, alone, build.uncompiled(folder, alone))
+
+
+def compiled(where: Plan, jobs: int | None = None, told: Callable[[str], None] | None = None) -> Path:
+    """The plan's folder, with the objects of csrc/instances and the extension; `jobs` and `told` as in `build_cuda`."""
+    return build.build_cuda(
+        where.folder, where.folder / f"_cuda{build.SUFFIX}", True, where.names, jobs, told
+    ).parent  # fmt: skip
 
 
 def shapes(folder: Path, dim: int) -> list[Shape]:
@@ -93,33 +100,39 @@ def read_all(
     workers: int | None = None,
 ) -> Iterator[Reading]:
     """Every kernel of csrc/instances for `arch`; objects that have not changed are neither compiled nor read again."""
-    folder, name = compiled(arch)
-    objects = sorted((folder / "instances").glob("*.o"))
-    if arch != 90:  # they are for Hopper alone
-        objects = [path for path in objects if not path.stem.endswith(build.HOPPER_SUFFIX)]
+    folder = compiled(plan(arch), workers)
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        for found in pool.map(partial(_read_object, folder, arch, name, head_dims, passes), objects):
+        for found in pool.map(partial(read_object, folder, arch, head_dims, passes), instances(arch)):
             yield from found
 
 
-def _read_object(
-    folder: Path, arch: int, name: str, head_dims: Sequence[int], passes: Sequence[str], path: Path
+def instances(arch: int) -> list[str]:
+    """Names in csrc/instances of what is compiled for `arch`."""
+    found = sorted(path.stem for path in (build.CSRC / "instances").glob("*.cu"))
+    return [name for name in found if arch == 90 or not name.endswith(build.HOPPER_SUFFIX)]
+
+
+def read_object(
+    folder: Path, arch: int, head_dims: Sequence[int], passes: Sequence[str], instance: str
 ) -> list[Reading]:
+    """The kernels at these head dims and of these passes in an object of csrc/instances, compiled in `folder`."""
+    path, name = folder / "instances" / f"{instance}.o", f"sm_{arch}"
     made_by, digest = toolchain(), sha256(path.read_bytes()).hexdigest() + hash_of(Path(__file__))
     # An object is disassembled once, and only if something of it is not known yet.
     disassembled = cache(lambda: {(f.name, f.arch.rstrip("af")): f for f in functions(path)})
-    said = complaints(folder, path.stem)
+    said = complaints(folder, instance)
 
     def read(kernel: str) -> Reading:
         reading = _read(disassembled()[kernel, name], folder, arch, made_by)
         reading.complaints = said.get(kernel, [])
+        keep([kernel, name, made_by, digest], reading)
         return reading
 
     found = []
     for kernel in _kernels_in(path):
         pass_, dim = _pass_of(kernel)
         if pass_ in passes and (dim is None or dim in head_dims):
-            found.append(kept([kernel, name, made_by, digest], partial(read, kernel)))
+            found.append(recalled([kernel, name, made_by, digest]) or read(kernel))
     return found
 
 

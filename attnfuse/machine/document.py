@@ -76,15 +76,19 @@ def ceilings(lines: Sequence[Line]) -> str:
         "",
         "## Published kernels, sm_90",
         "",
-        "Read from their sources, machine code and papers, not measured here.",
+        _paragraph("""
+            Those marked * were compiled from their sources and read by the same model; attnfuse/machine/published.py
+            says of which commit and how. The other lines are others' figures. Nothing was measured here.
+        """),
         "",
         *_markdown(
             ("kernel", "pass", "head dim", "instructions", "per element", "ex2", "issue", "shared", "ceiling",
              "reached"),
             [
                 (
-                    p.name, p.pass_, str(p.head_dim), str(p.instructions), _or_dash(p.per_element), f"{p.ex2:.0%}",
-                    f"{p.issue:.0%}", f"{p.shared:.0%}", f"{p.ceiling:.0f}", _or_dash(p.reached),
+                    p.title, p.pass_, str(p.head_dim), str(p.instructions), f"{p.per_element:.2f}",
+                    f"{p.ex2:.0%}", f"{p.issue:.0%}", f"{p.shared:.0%}", f"{p.ceiling:.0f}",
+                    "-" if p.reached is None else str(p.reached),
                 )
                 for p in PUBLISHED
             ],
@@ -150,10 +154,6 @@ def _cuda(line: Line) -> tuple[str, ...]:
 
 def _share(clocks: str, tensor: str) -> str:
     return f"{float(clocks) / float(tensor):.0%}" if tensor and float(tensor) else "-"
-
-
-def _or_dash(x: object) -> str:
-    return "-" if x is None else str(x)
 
 
 def _paragraph(text: str) -> str:

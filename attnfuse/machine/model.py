@@ -25,7 +25,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from .flow import COPIES, PRODUCTS, Loop
@@ -167,7 +167,7 @@ def cost(loop: Loop, work: Work, arch: int, bulk: bool = True) -> Cost:
     mufu = sum(x.opcode == "MUFU" for x in path) * WARP * work.warps
     fp32 = sum(_fp32(x) for x in path) * WARP * work.warps
     infinite = sum(x.opcode in ("FSEL", "SEL") and "-INF" in x.operands for x in path) * WARP * work.warps
-    mix: Counter[str] = Counter(_group(x) for x in loop.path)
+    mix: Counter[str] = Counter(_group(x.name) for x in loop.path)
     return Cost(
         tiles=tiles,
         instructions=len(loop.path),
@@ -246,10 +246,11 @@ def _fp32(x: Instruction) -> int:
     return 2 if x.opcode in ("FFMA2", "FADD2", "FMUL2") else 0
 
 
-def _group(x: Instruction) -> str:
-    for name, prefixes in GROUPS.items():
-        if any(x.name.startswith(prefix) for prefix in prefixes):
-            return name
+@cache
+def _group(name: str) -> str:
+    for group, prefixes in GROUPS.items():
+        if name.startswith(prefixes):
+            return group
     return "other"
 
 

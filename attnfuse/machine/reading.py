@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -119,20 +119,25 @@ def _around(loop: Loop) -> list[Loop]:
     return found
 
 
-def kept(key: Sequence[str], read: Callable[[], Reading]) -> Reading:
-    """`read()`, or what it was when the same key was read before. The key names all that the reading depends on."""
-    path = cache_dir() / f"{sha256(json.dumps([*key, _own_hash()]).encode()).hexdigest()[:32]}.json"
+def recalled(key: Sequence[str]) -> Reading | None:
+    """What was kept under a key, which names all that the reading depends on; None if nothing was."""
     try:
-        return from_data(json.loads(path.read_text()))
+        return from_data(json.loads(_path(key).read_text()))
     except (OSError, ValueError, TypeError):
-        pass
-    reading = read()
-    if not reading.error:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(asdict(reading)))
-        partial.replace(path)
-    return reading
+        return None
+
+
+def keep(key: Sequence[str], reading: Reading) -> None:
+    """Keep a reading for `recalled`."""
+    path = _path(key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(asdict(reading)))
+    partial.replace(path)
+
+
+def _path(key: Sequence[str]) -> Path:
+    return cache_dir() / f"{sha256(json.dumps([*key, _own_hash()]).encode()).hexdigest()[:32]}.json"
 
 
 def from_data(data: dict[str, Any]) -> Reading:
@@ -148,6 +153,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnfuse" / "inspect"
 
 
+@cache
 def hash_of(*files: Path) -> str:
     """Of the contents of some files."""
     total = sha256()

@@ -1,11 +1,20 @@
-"""Disassembly: what ptxas made of a kernel, instruction by instruction, read by `cuobjdump` without a GPU."""
+"""Disassembly: what ptxas made of a kernel, instruction by instruction, read without a GPU.
+
+    functions     by cuobjdump: an object, a library or a cubin, whatever it holds
+    of_cubins     by nvdisasm: many cubins at once, since the disassembler takes longer to start than to read a kernel
+
+Both list the same instructions.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -42,7 +51,11 @@ class Function(NamedTuple):
 
 
 def cuobjdump() -> str:
-    """The disassembler: beside nvcc, or in the triton package. Raises FileNotFoundError."""
+    """Reads objects: beside nvcc, or in the triton package. Raises FileNotFoundError."""
+    return _tool("cuobjdump")
+
+
+def _tool(name: str) -> str:
     home = build.cuda_home()
     folders = [] if home is None else [home / "bin"]
     try:
@@ -52,12 +65,12 @@ def cuobjdump() -> str:
     except ImportError:
         pass
     for folder in folders:
-        found = shutil.which("cuobjdump", path=str(folder))
+        found = shutil.which(name, path=str(folder))
         if found is not None:
             return found
-    found = shutil.which("cuobjdump")
+    found = shutil.which(name)
     if found is None:
-        raise FileNotFoundError("cuobjdump was not found: it comes with a CUDA toolkit and with the triton package")
+        raise FileNotFoundError(f"{name} was not found: it comes with a CUDA toolkit and with the triton package")
     return found
 
 
@@ -80,18 +93,71 @@ def functions(source: Path | bytes) -> list[Function]:
     taken: dict[tuple[str, str], dict[str, int]] = {}
     # A cubin is of one architecture, and its usage does not say which.
     for arch, part in _by_architecture(usage) or [("", usage)]:
-        for name, line in _USAGE.findall(part):
-            fields = re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", line)
-            taken[arch.rstrip("af"), name] = {key: int(value) for key, value in fields}
+        for name, use in _used(part).items():
+            taken[arch.rstrip("af"), name] = use
     found = []
     for arch, part in _by_architecture(listing):
         for function in re.split(r"\n\s*Function : ", part)[1:]:
             name, _, text = function.partition("\n")
             use = taken.get(("", name.strip())) or taken[arch.rstrip("af"), name.strip()]
-            local = max(use["STACK"], use["LOCAL"])
-            code = instructions(text)
-            found.append(Function(demangled(name.strip()), arch, use["REG"], local, use.get("SHARED", 0), code))
+            found.append(_function(name.strip(), arch, use, instructions(text)))
     return sorted(found, key=lambda f: (f.arch, f.name))
+
+
+def of_cubins(cubins: Sequence[bytes], arch: int) -> list[Function]:
+    """The kernel of each cubin, all of one architecture (80, 90, ...), and each holding one kernel and nothing else.
+
+    Their code is put one behind the other and disassembled as one run, so addresses count on through all of them.
+    """
+    if not cubins:
+        return []
+    found, ends, end = [], [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        raw, one = Path(folder) / "code", Path(folder) / "kernel.cubin"
+        with open(raw, "wb") as out:
+            for cubin in cubins:
+                one.write_bytes(cubin)
+                ((name, use),) = _used(printed(cuobjdump(), "-res-usage", str(one))).items()
+                code = _section(cubin, f".text.{name}")
+                out.write(code)
+                end += len(code)
+                ends.append(end)
+                found.append((name, use))
+        # What only one architecture has, such as wgmma, is code of sm_90a.
+        full_name = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+        listed = instructions(printed(_tool("nvdisasm"), "-b", full_name.replace("sm_", "SM"), str(raw)))
+    at = [x.address for x in listed]
+    cuts = [0, *(bisect_left(at, end) for end in ends)]
+    return [
+        _function(name, full_name, use, listed[begin:end])
+        for (name, use), begin, end in zip(found, cuts, cuts[1:])
+    ]  # fmt: skip
+
+
+def _used(usage: str) -> dict[str, dict[str, int]]:
+    """Of each function, what `cuobjdump -res-usage` says it takes."""
+    return {
+        name: {key: int(value) for key, value in re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", line)}
+        for name, line in _USAGE.findall(usage)
+    }
+
+
+def _function(name: str, arch: str, use: dict[str, int], code: list[Instruction]) -> Function:
+    local = max(use["STACK"], use["LOCAL"])
+    return Function(demangled(name), arch, use["REG"], local, use.get("SHARED", 0), code)
+
+
+def _section(elf: bytes, name: str) -> bytes:
+    """A section's contents in a 64-bit little-endian ELF file, which a cubin is (System V ABI, object files)."""
+    (headers,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<3H", elf, 58)
+    sections = [struct.unpack_from("<IIQQQQ", elf, headers + n * size) for n in range(count)]
+    strings = sections[names][4]
+    for title, _, _, _, offset, length in sections:
+        begin = strings + title
+        if elf[begin : elf.index(b"\0", begin)].decode() == name:
+            return elf[offset : offset + length]
+    raise ValueError(f"the cubin has no section {name}")
 
 
 def printed(*command: str) -> str:

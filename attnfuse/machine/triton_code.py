@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .model import Work
-from .reading import Reading, hash_of, kept, read_function
-from .sass import functions, printed
+from .reading import Reading, hash_of, keep, read_function, recalled
+from .sass import Function, of_cubins, printed
 
 if TYPE_CHECKING:
     from ..triton_kernels.tuning import Tile
@@ -30,14 +29,21 @@ HEAD_DIMS = (64, 96, 128, 256)
 # "few16" for one query; then what adds partials up. One query is compiled apart: Triton takes an argument of 1 for a
 # constant.
 PASSES = ("fwd", "dq", "dkdv", "dkdv1", "split", "split16", "combine", "few", "few16", "reduce")
-# plain: no mask at all; causal: a causal mask; everything: every feature of the contract, on two sources.
-VARIANTS = ("plain", "causal", "everything")
+# plain: no mask at all; causal: a causal mask; everything: every feature of the contract; several: the same on the
+# second of two sources. A kernel has its loops once for each source, so one source shows what a tile costs, and a list
+# is compiled at one dtype and head dim to show that it can be.
+VARIANTS = ("plain", "causal", "everything", "several")
+SEVERAL = ("bf16", 64)
 SOURCE = Path(__file__).parent.parent / "triton_kernels"
 FILES = (
     "attn_fwd.py", "attn_bwd.py", "attn_fwd_split.py", "attn_bwd_few.py", "packed.py", "tile.py", "tuning.py",
 )  # fmt: skip
-# What a pass looks at of a variant, where not at all of it: partials are added up whatever was masked.
-LOOKS_AT = {"combine": ("plain", "everything"), "reduce": ("plain",)}
+# The variants of a pass, where not all: partials are added up whatever was masked, keys are walked a source at a time,
+# and where `tuning.one_pass` never takes one pass there is none.
+LOOKS_AT = {
+    "dkdv": ("plain", "causal", "everything"), "dkdv1": ("plain", "causal"), "combine": ("plain", "several"),
+    "reduce": ("plain",),
+}  # fmt: skip
 # Depths are of the head dim: the products of a tile.
 PRODUCTS = {"fwd": 2, "split": 2, "dq": 3, "dkdv": 4, "dkdv1": 5, "few": 5}
 
@@ -55,6 +61,18 @@ class Config(NamedTuple):
     def kernel(self) -> str:
         return f"{self.pass_} {self.dtype} d{self.head_dim} {self.variant}"
 
+    @property
+    def heavy(self) -> bool:
+        return self.variant in ("everything", "several")
+
+    @property
+    def exists(self) -> bool:
+        if self.variant == "several" and self.pass_ != "combine" and (self.dtype, self.head_dim) != SEVERAL:
+            return False
+        if self.pass_ == "dkdv1" and self.dtype == "fp32":
+            return False
+        return self.variant in LOOKS_AT.get(self.pass_, VARIANTS)
+
 
 def configs(
     archs: Iterable[int] = ARCHS,
@@ -65,14 +83,14 @@ def configs(
 ) -> list[Config]:
     """Every combination that there is."""
     found = (Config(*c) for c in product(archs, dtypes, head_dims, passes, variants))
-    return [c for c in found if c.variant in LOOKS_AT.get(c.pass_, VARIANTS)]
+    return [config for config in found if config.exists]
 
 
 def tile_of(config: Config) -> Tile:
     """The tile a configuration is compiled with; for what adds partials up, block_m rows and block_n splits at once."""
     from ..triton_kernels.tuning import Tile, few_tile, merge_tile, tile
 
-    dtype, heavy = DTYPES[config.dtype], config.variant == "everything"
+    dtype, heavy = DTYPES[config.dtype], config.heavy
     if config.pass_ in ("combine", "reduce"):
         merge = merge_tile(config.arch, config.head_dim)
         return Tile(merge.block_r, merge.chunk, merge.num_warps, 1)
@@ -96,27 +114,34 @@ def work_of(config: Config, shared: int) -> Work | None:
     return Work(t.block_m, t.block_n, t.num_warps, depths, copied, shared)
 
 
-def read_all(wanted: Sequence[Config], workers: int | None = None) -> Iterator[Reading]:
-    """Every configuration as it is done, compiled in a pool of processes; a failure is told in its `error`."""
+def read_known(config: Config) -> Reading | None:
+    """What was read of a configuration with the same sources and compilers, or None."""
+    return recalled(_key(config))
+
+
+def read(wanted: Sequence[Config]) -> list[Reading]:
+    """Compile configurations, disassemble them in one go, and read them. A failure is told in its reading's `error`."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled under the interpreter")
-    # The longest first, so that none is left running alone.
-    weight = {"everything": 0, "causal": 1, "plain": 2}
-    with ProcessPoolExecutor(workers or os.cpu_count(), initializer=_quiet) as pool:
-        waiting = [pool.submit(read, c) for c in sorted(wanted, key=lambda c: (weight[c.variant], -c.head_dim))]
-        for done in as_completed(waiting):
-            yield done.result()
-
-
-def _quiet() -> None:
     # Triton tells every process of its own settings to come.
     warnings.filterwarnings("ignore", module="triton")
+    found = []
+    for arch in sorted({config.arch for config in wanted}):
+        compiled = {config: _compiled(config) for config in wanted if config.arch == arch}
+        good = {config: done for config, done in compiled.items() if not isinstance(done, str)}
+        code = dict(zip(good, of_cubins([done.cubin for done in good.values()], arch)))
+        for config, done in compiled.items():
+            if isinstance(done, str):
+                found.append(_blank(config, error=done))
+            else:
+                found.append(_read(config, code[config], done.shared))
+                if not found[-1].error:
+                    keep(_key(config), found[-1])
+    return found
 
 
-def read(config: Config) -> Reading:
-    """Compile one configuration and read its machine code, or recall what was read of the same sources."""
-    key = [str(config), toolchain(config.arch), hash_of(Path(__file__), *(SOURCE / name for name in FILES))]
-    return kept(key, lambda: _read(config))
+def _key(config: Config) -> list[str]:
+    return [str(config), toolchain(config.arch), hash_of(Path(__file__), *(SOURCE / name for name in FILES))]
 
 
 @cache
@@ -150,31 +175,44 @@ def stand_in(arch: int) -> Any:
     return Driver()
 
 
-def _read(config: Config) -> Reading:
+class _Compiled(NamedTuple):
+    cubin: bytes
+    shared: int  # bytes of a block
+
+
+def _compiled(config: Config) -> _Compiled | str:
+    """What Triton makes of it, or why it does not."""
     import triton
 
-    from ..triton_kernels.tuning import SHARED_LIMIT
-
-    made_by = toolchain(config.arch)
-    t = tile_of(config)
-    shape = f"{t.block_m}x{t.block_n} w{t.num_warps} s{t.num_stages}"
     triton.runtime.driver.set_active(stand_in(config.arch))
     try:
         kernel, arguments, constants = arguments_of(config)
         compiled = kernel.warmup(*arguments, grid=(1,), **constants)
-        (function,) = functions(compiled.asm["cubin"])
-        work = work_of(config, compiled.metadata.shared)
-        reading = read_function(function, work, "triton", config.arch, config.kernel, made_by, shape)
-        if reading.shared > SHARED_LIMIT[config.arch] * 1024:
-            reading.error = f"{reading.shared} bytes of shared memory, a block has {SHARED_LIMIT[config.arch]} KB"
-        return reading
+        return _Compiled(compiled.asm["cubin"], compiled.metadata.shared)
     except Exception as failure:  # a table of every failure says more than the first one raised
         told = ""
         cause: BaseException | None = failure
         while cause is not None:  # Triton chains the error at the call to the error in the callee
             told += f"{type(cause).__name__}: {cause}"[-1000:] + "\n"
             cause = cause.__cause__
-        return Reading("triton", config.arch, config.kernel, made_by, shape, error=told.strip())
+        return told.strip()
+
+
+def _read(config: Config, function: Function, shared: int) -> Reading:
+    from ..triton_kernels.tuning import SHARED_LIMIT
+
+    blank = _blank(config)
+    work = work_of(config, shared)
+    reading = read_function(function, work, "triton", config.arch, config.kernel, blank.toolchain, blank.tile)
+    if reading.shared > SHARED_LIMIT[config.arch] * 1024:
+        reading.error = f"{reading.shared} bytes of shared memory, a block has {SHARED_LIMIT[config.arch]} KB"
+    return reading
+
+
+def _blank(config: Config, error: str = "") -> Reading:
+    t = tile_of(config)
+    tile = f"{t.block_m}x{t.block_n} w{t.num_warps} s{t.num_stages}"
+    return Reading("triton", config.arch, config.kernel, toolchain(config.arch), tile, error=error)
 
 
 def arguments_of(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
@@ -190,7 +228,7 @@ def arguments_of(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
     from ..triton_kernels.tuning import described, padded
 
     dtype, dim = DTYPES[config.dtype], config.head_dim
-    everything, one_query = config.variant == "everything", config.pass_.endswith("16")
+    everything, one_query = config.heavy, config.pass_.endswith("16")
     f32, u8, i32, i64 = (MockTensor(t) for t in (torch.float32, torch.uint8, torch.int32, torch.int64))
 
     def strided(of: torch.dtype = dtype) -> Any:
@@ -213,9 +251,10 @@ def arguments_of(config: Config) -> tuple[Any, list[Any], dict[str, Any]]:
         pairs = Strided(MockTensor(torch.float32), 0, 0, 4096, 16)
         source = plain._replace(
             lengths=i32, present=u8, key_mask=u8, key_mask_batch=4096, key_mask_column=16, pairs=pairs, bias=f32,
-            bias_batch=16, bias_head=32, offset=16, left=512, right=256, column=4096,
+            bias_batch=16, bias_head=32, offset=16, left=512, right=256,
+            column=4096 if config.variant == "several" else 0,
         )  # fmt: skip
-    sources = (plain, source) if everything else (plain,)
+    sources = (plain, source) if config.variant == "several" else (source,)
     t = tile_of(config)
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "D_PAD": padded(dim), "DV_PAD": padded(dim), "BLOCK_M": t.block_m, "BLOCK_N": t.block_n,
