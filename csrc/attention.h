@@ -10,8 +10,6 @@ namespace attnfuse {
 constexpr int kMaxSources = 8;
 // Wider than any sequence, and far from where int32 sums of positions would wrap.
 constexpr int32_t kUnbounded = 1 << 29;
-// Per-row scratch of the backward is padded to a multiple of this, so that no tile reads past its end.
-constexpr int32_t kRowPadding = 128;
 
 enum class Dtype : int32_t { bfloat16 = 0, float16 = 1 };
 
@@ -89,7 +87,7 @@ struct ForwardParams {
     SourceParams sources[kMaxSources];
 };
 
-// rows_padded is Nq rounded up to kRowPadding; D_pad is padded_dim(D, Dv).
+// rows_padded is rows_padded(Nq); D_pad is padded_dim(D, Dv).
 struct BackwardParams {
     Shape shape;
     Rows query;                        // (B, Hq, Nq, D)
@@ -103,7 +101,7 @@ struct BackwardParams {
     float* lse2 = nullptr;             // (B, Hq, rows_padded) scratch: lse in log2 units, +inf in rows that are dead
     float* delta = nullptr;            // (S or 1, B, Hq, rows_padded) scratch: delta of each source
     uint64_t* live = nullptr;          // (B, Hq, rows_padded / 64) scratch: bit r is row 64 w + r
-    float* dq_sum = nullptr;           // (B, Hq, rows_padded, D_pad) scratch in fragment order; null = no atomics
+    float* dq_sum = nullptr;           // (B, Hq, rows_padded, D_pad) scratch, in fragments; null = no atomics
     float* sums = nullptr;             // (B, Hq, Nq, S, 2) contiguous: (dz, p) summed over columns; or null
     int64_t delta_source = 0;          // stride of delta's first dimension, 0 where all sources share one
     int32_t rows_padded = 0;
@@ -123,9 +121,16 @@ struct TileShape {
 // The tile of the forward kernel that attn_fwd would launch for these params.
 TileShape attn_fwd_tile(const ForwardParams& params);
 
+// Those of attn_bwd_dq and attn_bwd_dkdv, likewise; where the latter is two launches, the second, which makes dK.
+std::vector<TileShape> attn_bwd_tiles(const BackwardParams& params);
+
 // The tiles of every kernel at a padded head dim: more than one of a pass where it has a choice or several launches.
 // Hopper's, where they are built, are named sm90::.
 std::vector<TileShape> tile_shapes(int dim_padded);
+
+// What per-row scratch of the backward is padded to, so that no tile of any kernel reads or writes past its end: a
+// multiple of 64.
+int rows_padded(int rows);
 
 // 64, 96, 128 or 256: the head dim that (dim, value_dim) is computed in.
 int padded_dim(int dim, int value_dim);

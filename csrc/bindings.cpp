@@ -176,7 +176,6 @@ PYBIND11_MODULE(ATTNFUSE_MODULE, module) {
     using namespace attnfuse;
 
     module.attr("MAX_SOURCES") = kMaxSources;
-    module.attr("ROW_PADDING") = kRowPadding;
     module.attr("UNBOUNDED") = kUnbounded;
     // Which cards the machine code is for, as attnfuse/build.py named them; empty under emulation.
     module.attr("ARCHITECTURES") = ATTNFUSE_ARCHITECTURES;
@@ -193,6 +192,7 @@ PYBIND11_MODULE(ATTNFUSE_MODULE, module) {
         .def(py::init(&few_params), "(shape, tensors, scratch, sources, few), see few.h", py::pos_only());
 
     module.def("padded_dim", &padded_dim);
+    module.def("rows_padded", &rows_padded);
     module.def("tile_shapes", [](int dim_padded) {
         py::list shapes;
         for (const TileShape& tile : tile_shapes(dim_padded)) {
@@ -200,9 +200,16 @@ PYBIND11_MODULE(ATTNFUSE_MODULE, module) {
         }
         return shapes;
     });
-    module.def("attn_fwd_tile", [](const ForwardParams& params) {
-        const TileShape tile = attn_fwd_tile(params);
+    const auto scheduled = [](const TileShape& tile) {
         return py::make_tuple(tile.pass, tile.rows, tile.columns, tile.threads, tile.shared_bytes, tile.schedule);
+    };
+    module.def("attn_fwd_tile", [=](const ForwardParams& params) { return scheduled(attn_fwd_tile(params)); });
+    module.def("attn_bwd_tiles", [=](const BackwardParams& params) {
+        py::list tiles;
+        for (const TileShape& tile : attn_bwd_tiles(params)) {
+            tiles.append(scheduled(tile));
+        }
+        return tiles;
     });
     module.def("attn_fwd", &enqueue<ForwardParams, attn_fwd>, Unlocked());
     module.def("attn_bwd_delta", &enqueue<BackwardParams, attn_bwd_delta>, Unlocked());

@@ -32,8 +32,18 @@ namespace sm90 {
 // Instantiated in instances/*_sm90.cu, which are compiled where Hopper is among the architectures (ATTNFUSE_SM90).
 template <typename T, int D>
 void attn_fwd(const ForwardParams& params, void* stream);
+template <typename T, int D>
+void attn_bwd_dq(const BackwardParams& params, void* stream);
+template <typename T, int D>
+void attn_bwd_dkdv(const BackwardParams& params, void* stream);
+template <typename T, int D>
+void attn_bwd_convert(const BackwardParams& params, void* stream);
 template <int D>
 std::vector<TileShape> attn_fwd_tiles();
+template <int D>
+std::vector<TileShape> attn_bwd_dq_tiles();
+template <int D>
+std::vector<TileShape> attn_bwd_dkdv_tiles();
 }  // namespace sm90
 
 namespace {
@@ -81,21 +91,54 @@ constexpr bool kHasHopper = true;
 constexpr bool kHasHopper = false;
 #endif
 
+// Whether Hopper's kernels may run at all.
+bool is_hopper(const Shape& shape) {
+    const bool is_allowed = shape.newest == 0 || shape.newest >= 90;
+    return kHasHopper && is_allowed && compute_capability(shape.device) == 90 && shape.rows > 0;
+}
+
+bool has_query_map(const Shape& shape, const Rows& x, int dim) {
+    return has_map(x, shape.batch, shape.heads, shape.rows, dim);
+}
+
+// x is a key, a value or the gradient of one. Of a source without columns nothing is ever visited.
+bool has_source_map(const Shape& shape, const SourceParams& source, const Rows& x, int dim) {
+    return source.columns == 0 || has_map(x, shape.batch, shape.key_heads, source.columns, dim);
+}
+
+template <typename Params>
+bool have_source_maps(const Params& p) {
+    for (int s = 0; s < p.shape.source_count; ++s) {
+        const auto& source = p.sources[s];
+        if (!has_source_map(p.shape, source, source.key, p.shape.dim) ||
+            !has_source_map(p.shape, source, source.value, p.shape.value_dim)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 // Hopper's forward kernel takes what runs on compute capability 9.0 and has tensor maps of the query, the output and
 // every key and value that is not empty. Everything else is the sm_80 kernel's.
 bool on_hopper(const ForwardParams& p) {
-    const Shape& shape = p.shape;
-    const bool is_allowed = shape.newest == 0 || shape.newest >= 90;
-    if (!kHasHopper || !is_allowed || compute_capability(shape.device) != 90 || shape.rows == 0 ||
-        !has_map(p.query, shape.batch, shape.heads, shape.rows, shape.dim) ||
-        !has_map(p.out, shape.batch, shape.heads, shape.rows, shape.value_dim)) {
+    return is_hopper(p.shape) && has_query_map(p.shape, p.query, p.shape.dim) &&
+           has_query_map(p.shape, p.out, p.shape.value_dim) && have_source_maps(p);
+}
+
+// Its backward likewise, with maps of the gradients. Its params are more than drivers before CUDA 12.1 take.
+bool on_hopper(const BackwardParams& p) {
+    if (!is_hopper(p.shape) || driver_version() < 12010 || !has_query_map(p.shape, p.query, p.shape.dim) ||
+        !has_query_map(p.shape, p.grad_out, p.shape.value_dim) || !have_source_maps(p)) {
         return false;
     }
-    for (int s = 0; s < shape.source_count; ++s) {
-        const SourceParams& source = p.sources[s];
-        if (source.columns > 0 &&
-            !(has_map(source.key, shape.batch, shape.key_heads, source.columns, shape.dim) &&
-              has_map(source.value, shape.batch, shape.key_heads, source.columns, shape.value_dim))) {
+    if (p.grad_query.data != nullptr && !has_query_map(p.shape, p.grad_query, p.shape.dim)) {
+        return false;
+    }
+    for (int s = 0; s < p.shape.source_count; ++s) {
+        const BackwardSource& source = p.sources[s];
+        if ((source.grad_key.data != nullptr && !has_source_map(p.shape, source, source.grad_key, p.shape.dim)) ||
+            (source.grad_value.data != nullptr &&
+             !has_source_map(p.shape, source, source.grad_value, p.shape.value_dim))) {
             return false;
         }
     }
@@ -124,12 +167,43 @@ std::vector<TileShape> tile_shapes(int dim_padded) {
     });
     if constexpr (kHasHopper) {
         with_hopper_dim(dim_padded, [&]<int D>(Dim<D>) {
-            TileShape tile = sm90::attn_fwd_tiles<D>()[0];
-            tile.pass = "sm90::attn_fwd";
-            shapes.push_back(tile);
+            shapes.push_back(sm90::attn_fwd_tiles<D>()[0]);
+            shapes.back().pass = "sm90::attn_fwd";
+            shapes.push_back(sm90::attn_bwd_dq_tiles<D>()[0]);
+            shapes.back().pass = "sm90::attn_bwd_dq";
+            for (TileShape tile : sm90::attn_bwd_dkdv_tiles<D>()) {
+                tile.pass = "sm90::attn_bwd_dkdv";
+                shapes.push_back(tile);
+            }
         });
     }
     return shapes;
+}
+
+int rows_padded(int rows) {
+    int padded = 0;
+    for (const int tile : {48, 64, 80, 128}) {
+        const int up = (rows + tile - 1) / tile * tile;
+        padded = up > padded ? up : padded;
+    }
+    return (padded + 63) / 64 * 64;
+}
+
+std::vector<TileShape> attn_bwd_tiles(const BackwardParams& given) {
+    const BackwardParams params = completed(given);
+    std::vector<TileShape> tiles;
+    if constexpr (kHasHopper) {
+        if (on_hopper(params)) {
+            with_hopper_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) {
+                tiles = {sm90::attn_bwd_dq_tiles<D>()[0], sm90::attn_bwd_dkdv_tiles<D>().back()};
+            });
+            return tiles;
+        }
+    }
+    with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) {
+        tiles = {sm80::attn_bwd_dq_tiles<D>()[0], sm80::attn_bwd_dkdv_tiles<D>().back()};
+    });
+    return tiles;
 }
 
 TileShape attn_fwd_tile(const ForwardParams& given) {
@@ -161,6 +235,14 @@ void attn_fwd(const ForwardParams& given, void* stream) {
 
 void attn_bwd_dq(const BackwardParams& given, void* stream) {
     const BackwardParams params = completed(given);
+    if constexpr (kHasHopper) {
+        if (on_hopper(params)) {
+            return with_dtype(params.shape, [&]<typename T>(Type<T>) {
+                with_hopper_dim(
+                    params.shape.dim_padded, [&]<int D>(Dim<D>) { sm90::attn_bwd_dq<T, D>(params, stream); });
+            });
+        }
+    }
     with_dtype(params.shape, [&]<typename T>(Type<T>) {
         with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { sm80::attn_bwd_dq<T, D>(params, stream); });
     });
@@ -168,6 +250,14 @@ void attn_bwd_dq(const BackwardParams& given, void* stream) {
 
 void attn_bwd_dkdv(const BackwardParams& given, void* stream) {
     const BackwardParams params = completed(given);
+    if constexpr (kHasHopper) {
+        if (on_hopper(params)) {
+            return with_dtype(params.shape, [&]<typename T>(Type<T>) {
+                with_hopper_dim(
+                    params.shape.dim_padded, [&]<int D>(Dim<D>) { sm90::attn_bwd_dkdv<T, D>(params, stream); });
+            });
+        }
+    }
     with_dtype(params.shape, [&]<typename T>(Type<T>) {
         with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { sm80::attn_bwd_dkdv<T, D>(params, stream); });
     });
@@ -180,6 +270,14 @@ void attn_bwd_delta(const BackwardParams& given, void* stream) {
 
 void attn_bwd_convert(const BackwardParams& given, void* stream) {
     const BackwardParams params = completed(given);
+    if constexpr (kHasHopper) {
+        if (on_hopper(params)) {  // as attn_bwd_dkdv was: it has laid dq_sum out
+            return with_dtype(params.shape, [&]<typename T>(Type<T>) {
+                with_hopper_dim(
+                    params.shape.dim_padded, [&]<int D>(Dim<D>) { sm90::attn_bwd_convert<T, D>(params, stream); });
+            });
+        }
+    }
     with_dtype(params.shape, [&]<typename T>(Type<T>) { sm80::attn_bwd_convert<T>(params, stream); });
 }
 

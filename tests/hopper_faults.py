@@ -16,7 +16,7 @@ from attnfuse import testing
 from attnfuse.backends import cuda
 from attnfuse.testing import Case, SourceCase
 
-_FWD, _TILES = "sm90/attn_fwd.cuh", "sm90/tiles.cuh"
+_FWD, _COPIES, _RING, _TILES = (f"sm90/{name}.cuh" for name in ("attn_fwd", "column_copies", "ring", "tiles"))
 
 FAULTS = [
     # early reads
@@ -28,7 +28,7 @@ FAULTS = [
           "        mbarrier_wait(memory.value_full(ring.stage()), ring.parity());\n        issue_out", "        issue_out"),
     Fault("the query is read before it has landed", _FWD,
           "            mbarrier_wait(memory.query_full(), items.round % 2);\n", ""),
-    Fault("V is cleared before it has landed", _FWD, "            wait(memory.landed(), cleared % 2);\n", ""),
+    Fault("V is cleared before it has landed", _COPIES, "        wait_together(memory.landed(), cleared % 2);\n", ""),
     # wrong phases
     Fault("the phase of K does not change", _FWD,
           "mbarrier_wait(memory.key_full(ring.stage()), ring.parity());\n        const", "mbarrier_wait(memory.key_full(ring.stage()), 0);\n        const"),
@@ -36,19 +36,19 @@ FAULTS = [
           "mbarrier_wait(memory.value_full(before.stage()), before.parity());", "mbarrier_wait(memory.value_full(before.stage()), ring.parity());"),
     Fault("the phase of the query does not change", _FWD,
           "mbarrier_wait(memory.query_full(), items.round % 2);", "mbarrier_wait(memory.query_full(), 0);"),
-    Fault("the copying warp waits for the phase that it fills", _FWD,
-          "wait(memory.key_empty(stage), 1 - keys.parity());", "wait(memory.key_empty(stage), keys.parity());"),
-    Fault("the phase of cleared columns does not change", _FWD,
-          "wait(memory.landed(), cleared % 2);", "wait(memory.landed(), 0);"),
-    Fault("one lane runs ahead of the others", _FWD, "        mbarrier_wait(barrier, parity);\n        warp_sync();", "        mbarrier_wait(barrier, parity);"),
+    Fault("the copying warp waits for the phase that it fills", _COPIES,
+          "wait_together(memory.key_empty(stage), 1 - keys.parity());", "wait_together(memory.key_empty(stage), keys.parity());"),
+    Fault("the phase of cleared columns does not change", _COPIES,
+          "wait_together(memory.landed(), cleared % 2);", "wait_together(memory.landed(), 0);"),
+    Fault("one lane runs ahead of the others", _RING, "    mbarrier_wait(barrier, parity);\n    warp_sync();", "    mbarrier_wait(barrier, parity);"),
     Fault("a tile counts for two", _FWD, "            ++ring.count;\n            next_tile(h, b);", "            ring.count += 2;\n            next_tile(h, b);"),
     # handed on too early
-    Fault("K is copied over before it was released", _FWD,
-          "        wait(memory.key_empty(stage), 1 - keys.parity());\n", ""),
-    Fault("V is copied over before it was released", _FWD,
-          "        wait(memory.value_empty(stage), 1 - values.parity());\n", ""),
-    Fault("the query is copied over before it was released", _FWD,
-          "        wait(memory.query_empty(), 1 - round % 2);\n", ""),
+    Fault("K is copied over before it was released", _COPIES,
+          "        wait_together(memory.key_empty(stage), 1 - keys.parity());\n", ""),
+    Fault("V is copied over before it was released", _COPIES,
+          "        wait_together(memory.value_empty(stage), 1 - values.parity());\n", ""),
+    Fault("the query is copied over before it was released", _COPIES,
+          "        wait_together(memory.query_empty(), 1 - round % 2);\n", ""),
     Fault("K is released before its product is complete", _FWD,
           "        wgmma_wait<1>(scores);\n        release(memory.key_empty(ring.stage()));",
           "        release(memory.key_empty(ring.stage()));\n        wgmma_wait<1>(scores);"),
@@ -58,19 +58,19 @@ FAULTS = [
     Fault("the query is released before its store has read it", _FWD,
           "            tma_wait_read();\n            mbarrier_arrive(memory.query_empty());",
           "            mbarrier_arrive(memory.query_empty());\n            tma_wait_read();"),
-    Fault("one warp releases K for all", _FWD,
+    Fault("one warp releases K for all", _COPIES,
           "mbarrier_init(memory.key_empty(stage), 4 * Tile::kConsumers);", "mbarrier_init(memory.key_empty(stage), Tile::kConsumers);"),
-    Fault("a warp too many is expected to release V", _FWD,
+    Fault("a warp too many is expected to release V", _COPIES,
           "mbarrier_init(memory.value_empty(stage), 4 * Tile::kConsumers);", "mbarrier_init(memory.value_empty(stage), 4 * Tile::kConsumers + 1);"),
     Fault("too few slots", _FWD, "kSlots = 2 * kStages;", "kSlots = 1;"),
     Fault("an item without a tile keeps its stage", _FWD,
           "            release(memory.value_empty(ring.stage()));\n            ++ring.count;", "            ++ring.count;"),
     # transaction bytes
-    Fault("too few bytes of K are expected", _FWD,
-          "mbarrier_arrive_expecting(memory.key_full(stage), Tile::kKeyBytes);", "mbarrier_arrive_expecting(memory.key_full(stage), Tile::kKeyBytes - 128);"),
-    Fault("too many bytes of V are expected", _FWD,
-          "mbarrier_arrive_expecting(full, Tile::kKeyBytes);", "mbarrier_arrive_expecting(full, Tile::kKeyBytes + 16);"),
-    Fault("a box of the query is left out", _FWD,
+    Fault("too few bytes of K are expected", _COPIES,
+          "                mbarrier_arrive_expecting(full, Tile::kKeyBytes);\n                copy(memory.keys", "                mbarrier_arrive_expecting(full, Tile::kKeyBytes - 128);\n                copy(memory.keys"),
+    Fault("too many bytes of V are expected", _COPIES,
+          "                mbarrier_arrive_expecting(full, Tile::kKeyBytes);\n                copy(memory.values", "                mbarrier_arrive_expecting(full, Tile::kKeyBytes + 16);\n                copy(memory.values"),
+    Fault("a box of the query is left out", _COPIES,
           "box < Tile::kConsumers * Tile::kBoxes; ++box", "box < Tile::kConsumers * Tile::kBoxes - 1; ++box"),
     # the launch
     Fault("tensor maps are made before a device is current", _FWD, "    make_current(shape.device);\n", ""),
@@ -88,11 +88,11 @@ FAULTS = [
     Fault("the products of a tile are not committed", _FWD,
           "                k != 0);\n        }\n        wgmma_commit();", "                k != 0);\n        }"),
     # proxies
-    Fault("no proxy fence behind cleared columns", _FWD, "            proxy_fence();\n            warp_sync();", "            warp_sync();"),
-    Fault("cleared columns are handed on by the first lane alone", _FWD, "            proxy_fence();\n            warp_sync();", "            proxy_fence();"),
+    Fault("no proxy fence behind cleared columns", _COPIES, "        proxy_fence();\n        warp_sync();", "        warp_sync();"),
+    Fault("cleared columns are handed on by the first lane alone", _COPIES, "        proxy_fence();\n        warp_sync();", "        proxy_fence();"),
     Fault("no proxy fence behind the output", _FWD, "        proxy_fence();\n        named_barrier_sync", "        named_barrier_sync"),
-    Fault("no proxy fence behind the mbarriers", _FWD, "        proxy_fence();\n    }\n    barrier();", "    }\n    barrier();"),
-    Fault("no barrier behind the mbarriers", _FWD, "    }\n    barrier();\n}", "    }\n}"),
+    Fault("no proxy fence behind the mbarriers", _COPIES, "        proxy_fence();\n    }\n    barrier();", "    }\n    barrier();"),
+    Fault("no barrier behind the mbarriers", _COPIES, "    }\n    barrier();\n}", "    }\n}"),
     Fault("the output is stored before all of it is there", _FWD,
           "        named_barrier_sync(kOwn + group, 128);  // all of it is there\n", ""),
     Fault("the output overwrites a query that is read", _FWD,
@@ -103,18 +103,18 @@ FAULTS = [
     Fault("V's rows 8 at a time", _FWD, "further(values, k * 2048)", "further(values, k * 1024)"),
     Fault("K's columns 8 at a time", _FWD, "at = k % 4 * 32;", "at = k % 4 * 16;"),
     Fault("K without its swizzle's stride", _FWD, "matrix_descriptor(memory.keys(ring.stage()), 0, 1024)", "matrix_descriptor(memory.keys(ring.stage()), 0, 512)"),
-    Fault("every warpgroup takes the first one's rows", _FWD, "first + box / Tile::kBoxes * 64, h, b);", "first, h, b);"),
+    Fault("every warpgroup takes the first one's rows", _COPIES, "first + box / Tile::kBoxes * 64, h, b);", "first, h, b);"),
     # turns and registers
     Fault("the turn is not handed on", _FWD, "        give_turn();\n        wgmma_wait<1>", "        wgmma_wait<1>"),
     Fault("nobody has the first turn", _FWD, "if (group == Tile::kConsumers - 1) {\n            give_turn();", "if (false) {\n            give_turn();"),
     Fault("more registers are taken than were given", _FWD, "kComputeRegisters = D == 64 ? 152", "kComputeRegisters = D == 64 ? 160"),
     # the stream of tiles
-    Fault("columns that nobody sees are not cleared", _FWD, "next.start, next.brings_unseen(p)};", "next.start, false};"),
+    Fault("columns that nobody sees are not cleared", _COPIES, "next.start, next.brings_unseen(p)};", "next.start, false};"),
     Fault("columns beyond the first 64 are never cleared", _TILES, "seen[0] != below(there) || seen[1] != below(there - 64)", "seen[0] != below(there)"),
     Fault("a tile passes for full where its last columns are not seen", _TILES, "seen[1] == below(COLUMNS - 64) &&", "true &&"),
     Fault("a causal tile passes for full", _TILES, "first + upper >= COLUMNS;", "last + upper >= COLUMNS;"),
-    Fault("a source's end is not told", _FWD, "(next.source != present.source ? Told::kEndsSource : 0)", "0"),
-    Fault("K of the first source for all", _FWD, "p.key_maps[told.flags & Told::kSource]", "p.key_maps[0]"),
+    Fault("a source's end is not told", _COPIES, "(next.source != present.source ? Told::kEndsSource : 0)", "0"),
+    Fault("K of the first source for all", _COPIES, "p.key_maps[told.flags & Told::kSource]", "p.key_maps[0]"),
     Fault("a block takes another's item", _TILES, "block_count() - 1 - block_index();", "block_count() - block_index();"),
 ]  # fmt: skip
 
@@ -127,8 +127,13 @@ ITEMS = Case(
 )  # fmt: skip
 
 
-def judge_all(module: str, verdict: Connection) -> None:
+def judge_forward(module: str, verdict: Connection) -> None:
     """In a process of its own: send why the module is caught, or an empty text if it passes."""
+    judge(ITEMS, False, module, verdict)
+
+
+def judge(one: Case, gradients: bool, module: str, verdict: Connection) -> None:
+    """The verdict of one case, under two orders of threads and copies."""
     os.environ["ATTNFUSE_EMULATE"] = "1"
     os.environ["ATTNFUSE_EMULATE_ARCH"] = "90"
     os.environ["ATTNFUSE_EMULATE_MODULE"] = module
@@ -138,7 +143,7 @@ def judge_all(module: str, verdict: Connection) -> None:
         machine.set_seed(seed)
         machine.set_multiprocessors(blocks)
         try:
-            for result in testing.judge(ITEMS, "cuda", torch.bfloat16, gradients=False):
+            for result in testing.judge(one, "cuda", torch.bfloat16, gradients=gradients):
                 if not result.passed:
                     verdict.send(f"{result.quantity} is off by {result.error:.3g}, budget {result.budget:.3g}")
                     return

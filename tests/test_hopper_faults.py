@@ -1,49 +1,79 @@
-"""Every fault of hopper_faults.py, planted in a copy of csrc and run under emulation, is caught.
+"""Every fault of hopper_faults.py and hopper_backward_faults.py, planted in a copy of csrc, is caught under emulation.
 
-Caught is what test_faults.py calls so. One instance, of head dim 64 in bfloat16, is built for each.
+Caught is what test_faults.py calls so. The instances of head dim 64 in bfloat16 are built for each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
+import hopper_backward_faults
+import hopper_faults
 import pytest
-from hopper_faults import FAULTS, judge_all
+from faults import Fault
 from planting import verdicts_on
 
 from attnfuse import build
 
 pytestmark = pytest.mark.skipif(build.why_no_emulation() is not None, reason=str(build.why_no_emulation()))
 
-NAMES = [fault.name for fault in FAULTS]
-INSTANCE = "attn_fwd_d64_sm90"
+FORWARD, KEYS, ROWS = "attn_fwd_d64_sm90", "attn_bwd_d64_sm90", "attn_bwd_dq_d64_sm90"
+PASSES = {
+    "forward": hopper_faults.FAULTS,
+    "backward over keys": hopper_backward_faults.FAULTS,
+    "backward over rows": hopper_backward_faults.QUERY_FAULTS,
+}
+EACH = [(name, fault.name) for name, faults in PASSES.items() for fault in faults]
 
 
 def one_dtype(csrc: Path) -> None:
-    """Compiling is most of what a fault costs: without the instance in float16."""
-    file = csrc / "instances" / f"{INSTANCE}.cu"
-    lines = [line for line in file.read_text().splitlines(keepends=True) if "fp16" not in line]
-    file.write_text("".join(lines))
+    """Compiling is most of what a fault costs: without the instances in float16."""
+    for instance in (FORWARD, KEYS, ROWS, "attn_bwd_rows"):
+        file = csrc / "instances" / f"{instance}.cu"
+        lines = [line for line in file.read_text().splitlines(keepends=True) if "fp16" not in line]
+        file.write_text("".join(lines))
+
+
+JUDGES = {
+    "forward": (hopper_faults.judge_forward, [FORWARD]),
+    "backward over keys": (hopper_backward_faults.judge_backward, [FORWARD, KEYS, "attn_bwd_rows"]),
+    "backward over rows": (hopper_backward_faults.judge_query, [FORWARD, KEYS, ROWS, "attn_bwd_rows"]),
+}
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The verdict on each fault, and on the kernel as it is under the name ""."""
-    return verdicts_on(FAULTS, judge_all, [INSTANCE], tmp_path_factory.mktemp("faults"), one_dtype)
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
+    """Of a pass: the verdict on each fault, and on the kernel as it is under the name ""."""
+
+    @cache
+    def of(name: str) -> dict[str, str]:
+        judge, instances = JUDGES[name]
+        return verdicts_on(PASSES[name], judge, instances, tmp_path_factory.mktemp("faults"), one_dtype)
+
+    return of
 
 
-def test_every_fault_is_one_change() -> None:
+@pytest.mark.parametrize("faults", PASSES.values(), ids=PASSES)
+def test_every_fault_is_one_change(faults: list[Fault]) -> None:
     """A fault whose text is no longer in the kernel would be planted nowhere."""
-    for fault in FAULTS:
+    for fault in faults:
         assert (build.CSRC / fault.file).read_text().count(fault.old) == 1, fault.name
-    assert len(set(NAMES)) == len(FAULTS) >= 25
+    assert len({fault.name for fault in faults}) == len(faults) >= 15
 
 
-def test_the_kernel_as_it_is_passes(verdicts: dict[str, str]) -> None:
-    assert verdicts[""] == ""
+def test_there_are_faults_enough() -> None:
+    assert len(EACH) >= 100
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_fault_is_caught(name: str, verdicts: dict[str, str]) -> None:
-    assert not verdicts[name].startswith("NOT BUILT"), verdicts[name]
-    assert verdicts[name] != "", "the case passes with this fault"
+@pytest.mark.parametrize("name", PASSES)
+def test_the_kernel_as_it_is_passes(name: str, verdicts: Callable[[str], dict[str, str]]) -> None:
+    assert verdicts(name)[""] == ""
+
+
+@pytest.mark.parametrize("name, fault", EACH)
+def test_a_fault_is_caught(name: str, fault: str, verdicts: Callable[[str], dict[str, str]]) -> None:
+    verdict = verdicts(name)[fault]
+    assert not verdict.startswith("NOT BUILT"), verdict
+    assert verdict != "", "the case passes with this fault"

@@ -71,17 +71,33 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def kernels(folder: Path) -> list[Kernel]:
+def kernels(folder: Path, readings: list[Reading]) -> list[Kernel]:
     steps = {}
-    for path in (folder / "instances").glob(f"*{build.HOPPER_SUFFIX}.o"):
+    for path in (folder / "instances").glob(f"attn_fwd_*{build.HOPPER_SUFFIX}.o"):
         for function in sass.functions(path):
             assert function.arch == build.HOPPER
             (loop,) = tile_loops(loops(function.code), Work(1, 1, 1))
             # From the first product on: the loop may begin anywhere in it.
             first = next(n for n, x in enumerate(loop.path) if x.opcode == "HGMMA")
             steps[function.name] = loop.path[first:] + loop.path[:first]
-    readings = [r for r in cuda_code.read_all(90, passes=("fwd",)) if r.kernel.startswith("sm90::")]
-    return [Kernel(reading, steps[reading.kernel]) for reading in readings]
+    return [Kernel(reading, steps[reading.kernel]) for reading in readings if "_fwd_" in reading.kernel]
+
+
+@pytest.fixture(scope="module")
+def readings(folder: Path) -> list[Reading]:
+    """Of Hopper's kernels."""
+    return [r for r in cuda_code.read_all(90) if r.kernel.startswith("sm90::")]
+
+
+@pytest.fixture(scope="module")
+def backward(readings: list[Reading]) -> dict[str, Reading]:
+    """The kernels that own keys, by head dim and gradients: "128, both"."""
+    found = {}
+    for reading in readings:
+        match = re.fullmatch(r"sm90::attn_bwd_dkdv_kernel<bf16, (.*)>", reading.kernel)
+        if match is not None:
+            found[match[1]] = reading
+    return found
 
 
 def test_every_instance_is_there(kernels: list[Kernel]) -> None:
@@ -100,9 +116,9 @@ def test_the_registers_at_entry_are_what_setmaxnreg_starts_from(kernels: list[Ke
         assert kernel.reading.registers == (128 if kernel.dim == 64 else 168), kernel.name
 
 
-def test_ptxas_has_nothing_to_complain_of(kernels: list[Kernel]) -> None:
+def test_ptxas_has_nothing_to_complain_of(readings: list[Reading]) -> None:
     """C7508 and C7510 to C7514: products made to wait for each other, setmaxnreg ignored."""
-    assert [(k.name, k.reading.complaints) for k in kernels if k.reading.complaints] == []
+    assert [(r.kernel, r.complaints) for r in readings if r.complaints] == []
 
 
 def test_what_ptxas_complains_of_is_told(tmp_path: Path) -> None:
@@ -164,3 +180,84 @@ def test_the_ceiling_is_that_of_flashattention_3(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         theirs = flash_attention_3("fwd", kernel.dim)
         assert kernel.loop.ceiling is not None and round(kernel.loop.ceiling) >= round(theirs.ceiling), kernel.name
+
+
+def plain(reading: Reading) -> LoopReading:
+    """The step without softcap, which is the one with fewer instructions."""
+    return min(reading.loops, key=lambda loop: loop.instructions)
+
+
+def test_the_backward_is_there(backward: dict[str, Reading]) -> None:
+    assert set(backward) == {"64, both", "128, both", "256, value", "256, key"}
+
+
+def test_the_backward_touches_no_local_memory(backward: dict[str, Reading]) -> None:
+    for reading in backward.values():
+        assert (reading.registers, reading.local, reading.loop_local) == (168, 0, 0), reading.kernel
+
+
+def test_the_backwards_products_are_the_wide_ones(backward: dict[str, Reading]) -> None:
+    """S^T and dP^T, dV and dK, dQ^T: how many of each width."""
+    wanted = {
+        "64, both": {"64x128x16": 2 * 4, "64x64x16": 2 * 8 + 8},
+        "128, both": {"64x80x16": 2 * 8 + 8, "64x128x16": 2 * 5},
+        "256, value": {"64x64x16": 16, "64x256x16": 4},
+        "256, key": {"64x48x16": 2 * 16 + 2 * 8, "64x256x16": 3},
+    }
+    for name, reading in backward.items():
+        widths: Counter[str] = Counter()
+        for product, count in plain(reading).products.items():
+            widths[product.split(".")[1]] += count
+        assert widths == wanted[name], reading.kernel
+        assert plain(reading).repeated == 1.0
+
+
+def test_the_backward_adds_dq_as_it_says(folder: Path) -> None:
+    """By bulk copies where shared memory has room to lay it down, else 16 bytes a thread."""
+    for dim in (64, 128, 256):
+        for function in sass.functions(folder / "instances" / f"attn_bwd_d{dim}{build.HOPPER_SUFFIX}.o"):
+            if "dkdv" in function.name and "value" not in function.name:
+                bulk = sum(x.opcode == "UBLKRED" for x in function.code)
+                wide = sum(x.name.startswith("REDG") and "F32x4" in x.name for x in function.code)
+                assert (bulk > 0, wide > 0) == (dim != 256, dim == 256), function.name
+
+
+def test_the_exponentials_of_the_backward_are_hidden(backward: dict[str, Reading]) -> None:
+    """Behind dP^T; at 128 there are not registers enough for all, and dV alone has no product to hide them."""
+    hidden = {name: plain(reading).overlapped for name, reading in backward.items()}
+    assert hidden["64, both"] == hidden["256, key"] == 1.0
+    assert hidden["128, both"] is not None and hidden["128, both"] > 0.25
+
+
+def test_few_instructions_of_the_backward_a_score(backward: dict[str, Reading]) -> None:
+    """Five are the softmax's own: FADD, FFMA, MUFU, FADD, FMUL, and a pair of halves of F2FP."""
+    most = {"64, both": 10.7, "128, both": 13.8, "256, value": 8.6, "256, key": 21.0}
+    for name, reading in backward.items():
+        assert 5.0 < plain(reading).per_element <= most[name], reading.kernel
+
+
+def test_the_backwards_ceilings_beside_flashattention_3s(backward: dict[str, Reading]) -> None:
+    """As docs/hopper.md tells them, losses included; at 256 two launches take six products for five."""
+
+    def ceiling(name: str) -> float:
+        found = plain(backward[name]).ceiling
+        assert found is not None
+        return found
+
+    two_launches = 5 / (2 / ceiling("256, value") + 4 / ceiling("256, key"))
+    ours = {64: ceiling("64, both"), 128: ceiling("128, both"), 256: two_launches}
+    least = {64: 0.84, 128: 0.99, 256: 0.91}
+    for dim, found in ours.items():
+        assert found / flash_attention_3("bwd", dim).ceiling >= least[dim], dim
+
+
+def test_the_kernel_over_rows(readings: list[Reading]) -> None:
+    """No local memory, all exponentials behind dP, and the tensor cores bind but at 256, where shared memory does."""
+    found = {r.kernel: r for r in readings if r.kernel.startswith("sm90::attn_bwd_dq_kernel")}
+    assert len(found) == 6
+    for reading in found.values():
+        assert (reading.registers, reading.local, reading.loop_local) == (168, 0, 0), reading.kernel
+        assert plain(reading).overlapped == 1.0, reading.kernel
+        wide = ", 256>" in reading.kernel
+        assert plain(reading).binding == ("shared" if wide else "tensor"), reading.kernel
+        assert plain(reading).per_element <= (14.7 if wide else 8.1), reading.kernel

@@ -373,12 +373,12 @@ def test_the_table_has_the_tuned_configurations() -> None:
     assert there == {(f"sm_{c.arch}", c.kernel) for c in wanted}
 
 
-def test_hopper_kernels_have_flashattention_3s_ceiling() -> None:
-    """Or a higher one, forward and backward, as the table has them; what multiplies nothing has none."""
-    found = [x for x in table.kept() if x.kernel.startswith("sm90::") and x.loop]
+def test_hopper_forwards_have_flashattention_3s_ceiling() -> None:
+    """Or a higher one, as the table has them; tests/test_hopper_machine.py tells of the backward."""
+    found = [x for x in table.kept() if x.kernel.startswith("sm90::attn_fwd") and x.loop]
     assert found
     for x in found:
-        theirs = flash_attention_3("fwd" if "_fwd_" in x.kernel else "bwd", int(x.kernel.split(", ")[1].rstrip(">")))
+        theirs = flash_attention_3("fwd", int(x.kernel.split(", ")[1].rstrip(">")))
         assert round(float(x.ceiling)) >= round(theirs.ceiling), x.name
 
 

@@ -75,28 +75,37 @@ def rejects(problem: Problem) -> str | None:
 
 
 def describe(problem: Problem) -> str:
-    """The tiles a call would use, for `explain`: rows x columns of each kernel, and the forward's schedule."""
+    """The tiles a call would use, for `explain`: rows x columns of each kernel, and the schedule of both passes."""
     module = _module(problem)
     dim = module.padded_dim(problem.query.shape[3], problem.value_dim)
     out, lse, mass = empty_results(problem)
-    *plain, schedule = module.attn_fwd_tile(module.ForwardParams(*_forward_given(problem, out, lse, mass, [])))
     ahead, back = cuda_few.plan_forward(module, problem), cuda_few.plan_backward(module, problem)
+    plain_ahead = module.attn_fwd_tile(module.ForwardParams(*_forward_given(problem, out, lse, mass, [])))
     told = []
     for name, plan, few, tiles in (
-        ("forward", ahead, "attn_fwd_split", [plain]),
-        ("backward", back, "attn_bwd_few", [t for t in module.tile_shapes(dim) if t[0].startswith("attn_bwd")]),
+        ("forward", ahead, "attn_fwd_split", [plain_ahead]),
+        ("backward", back, "attn_bwd_few", _backward_tiles(module, problem, out)),
     ):
+        schedule = "mma.sync, keys split over blocks" if plan.splits else tiles[-1][-1]
         shapes = [
             f"{name} {rows}x{columns}, {threads // 32} warps, {shared / 1024:.0f} KB"
-            for name, rows, columns, threads, shared in (
+            for name, rows, columns, threads, shared, *_ in (
                 [cuda_few.tile(module, problem, few)] if plan.splits else tiles
             )
         ]
-        told.append(f"{name}: {plan.why}; tiles {'; '.join(shapes)}")
-    if ahead.splits:
-        schedule = "mma.sync, keys split over blocks"
+        told.append(f"{name}: {schedule}; {plan.why}; tiles {'; '.join(shapes)}")
     emulated = ", emulated" if problem.query.device.type == "cpu" else ""
-    return f"{schedule}, head dim {dim}{emulated}. {'. '.join(told)}"
+    return f"head dim {dim}{emulated}. {'. '.join(told)}"
+
+
+def _backward_tiles(module: Any, problem: Problem, out: Tensor) -> list[tuple[Any, ...]]:
+    """Tile and schedule of the plain kernels, the one over rows and the one over keys."""
+    pairs = [(empty_rows(source.key), empty_rows(source.value)) for source in problem.sources]
+    tensors = (_rows(problem.query), _rows(out), _rows(out), _rows(problem.query), 0, 0, 0, 0)
+    sources = tuple(_source(source, [], *pair) for source, pair in zip(problem.sources, pairs))
+    params = module.BackwardParams(_shape(problem), tensors, (0,) * 7, sources)
+    tiles: list[tuple[Any, ...]] = module.attn_bwd_tiles(params)
+    return tiles
 
 
 def forward(problem: Problem, *, splits: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +223,7 @@ def _launch(
     module = _module(problem)
     query, count = problem.query, len(problem.sources)
     batch, heads, rows, dim = query.shape
-    padded = -(-rows // module.ROW_PADDING) * module.ROW_PADDING
+    padded = module.rows_padded(rows)
     # (1 or S, B, Hq, rows_padded): delta differs between the sources by the gradients of their masses
     delta = lse.new_empty((1 if grad_mass is None else count, batch, heads, padded))
     lse2 = lse.new_empty((batch, heads, padded))

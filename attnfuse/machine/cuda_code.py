@@ -86,7 +86,9 @@ def shapes(folder: Path, dim: int) -> list[Shape]:
 
 
 def _extension(folder: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("attnfuse._cuda", folder / f"_cuda{build.SUFFIX}")
+    # A name of its own: pybind11 gives a second extension of one name the first one's module.
+    name = f"attnfuse.{folder.name.replace('-', '_')}._cuda"
+    spec = importlib.util.spec_from_file_location(name, folder / f"_cuda{build.SUFFIX}")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -171,8 +173,8 @@ def _read(function: Function, folder: Path, arch: int, made_by: str) -> Reading:
     shape, depths = WORK[base](arguments, candidates)
     work = Work(shape.rows, shape.columns, shape.threads // WARP, (dim,) * depths, shared=shape.shared)
     if base.startswith("sm90::"):
-        # Copies are tensor copies, of K and V, by warps that do nothing else.
-        copied = 2 * shape.columns * dim * 2
+        # Copies are tensor copies, of K and V or of Q and dO, by warps that do nothing else.
+        copied = 2 * (shape.rows if "_dkdv" in base else shape.columns) * dim * 2
         work = replace(work, warps=work.warps - _COPYING, block_warps=work.warps, copied=copied)
     elif base in ("attn_fwd_split", "attn_bwd_few"):
         # Several warps may compute the same scores: tiles are counted by what is copied, K and V.
@@ -188,6 +190,12 @@ def _dkdv(arguments: Sequence[str], candidates: Sequence[Shape]) -> tuple[Shape,
     return candidates[int(small == "true" or wanted == "key")], products
 
 
+def _hopper_dkdv(arguments: Sequence[str], candidates: Sequence[Shape]) -> tuple[Shape, int]:
+    # <dtype, dim, which gradients>: at 256 dV's launch is the first, dK's the second.
+    wanted = arguments[2]
+    return candidates[-1 if wanted != "value" else 0], {"both": 5, "value": 2, "key": 4}[wanted]
+
+
 def _by_rows(products: int, arguments: Sequence[str], candidates: Sequence[Shape]) -> tuple[Shape, int]:
     # <dtype, dim, rows>: a shape for each number of rows.
     (shape,) = [shape for shape in candidates if shape.rows == int(arguments[2])]
@@ -201,6 +209,8 @@ WORK: dict[str, Callable[[Sequence[str], Sequence[Shape]], tuple[Shape, int]]] =
     "sm90::attn_fwd": lambda arguments, candidates: (candidates[0], 2),
     "attn_bwd_dq": lambda arguments, candidates: (candidates[0], 3),
     "attn_bwd_dkdv": _dkdv,
+    "sm90::attn_bwd_dq": lambda arguments, candidates: (candidates[0], 3),
+    "sm90::attn_bwd_dkdv": _hopper_dkdv,
     "attn_fwd_split": partial(_by_rows, 2),
     "attn_bwd_few": partial(_by_rows, 5),
 }

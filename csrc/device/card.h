@@ -29,6 +29,12 @@ inline int compute_capability(int device) {
     return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
            device_attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
+// Of the driver: 12010 for one of CUDA 12.1.
+inline int driver_version() {
+    int version = 0;
+    require(cudaDriverGetVersion(&version), "the CUDA driver could not be asked for its version");
+    return version;
+}
 inline int multiprocessors(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
 // Bytes of shared memory a block may ask for.
 inline int shared_memory_limit(int device) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }

@@ -60,6 +60,8 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 // log2 x to 1 ulp
 __device__ __forceinline__ float log2_exact(float x) { return log2f(x); }
+__device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ __forceinline__ float maximum(float a, float b) { return fmaxf(a, b); }  // a NaN loses

@@ -33,6 +33,11 @@ __device__ __forceinline__ uint16_t load_shared_16(SharedAddress from) {
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(from) : "memory");
     return x;
 }
+__device__ __forceinline__ uint32_t load_shared_32(SharedAddress from) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
+    return x;
+}
 // Two consecutive floats, on 8 bytes.
 __device__ __forceinline__ void store_shared_pair(SharedAddress to, float low, float high) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(low), "f"(high) : "memory");

@@ -15,9 +15,9 @@ Arguments& arguments_of(Warp& warp, int lane) {
 }
 
 struct ShuffleArguments {
-    float given;
-    int lane_mask;
-    float received;
+    uint32_t given;
+    int source;  // lane
+    uint32_t received;
 };
 
 struct BallotArguments {
@@ -51,13 +51,12 @@ void execute_warp_sync(Warp& warp) {
 void execute_shuffle(Warp& warp) {
     for (int lane = 0; lane < 32; ++lane) {
         auto& mine = arguments_of<ShuffleArguments>(warp, lane);
-        const int source = lane ^ mine.lane_mask;
-        if (source < 0 || source > 31) {
+        if (mine.source < 0 || mine.source > 31) {
             fail(
-                who(warp.threads[lane]) + " calls shuffle_xor with lane mask " + std::to_string(mine.lane_mask) +
-                ", which is not 0 to 31");
+                who(warp.threads[lane]) + " asks for what lane " + std::to_string(mine.source) +
+                " has, which is not 0 to 31");
         }
-        mine.received = arguments_of<ShuffleArguments>(warp, source).given;
+        mine.received = arguments_of<ShuffleArguments>(warp, mine.source).given;
     }
 }
 
@@ -159,7 +158,7 @@ void execute_product(Warp& warp) {
 }
 
 constexpr Collective kWarpSync{"warp_sync", execute_warp_sync};
-constexpr Collective kShuffle{"shuffle_xor", execute_shuffle};
+constexpr Collective kShuffle{"shuffle", execute_shuffle};
 constexpr Collective kBallot{"ballot", execute_ballot};
 constexpr Collective kLoad{"ldmatrix_x4", execute_ldmatrix<false>};
 constexpr Collective kLoadTransposed{"ldmatrix_x4_trans", execute_ldmatrix<true>};
@@ -171,8 +170,8 @@ constexpr Collective kProduct{"mma_m16n8k16", execute_product<T>};
 
 void warp_sync(Where where) { meet(kWarpSync, nullptr, where); }
 
-float shuffle_xor(float x, int lane_mask, Where where) {
-    ShuffleArguments arguments{x, lane_mask, 0.0f};
+uint32_t from_lane(uint32_t x, int lane, Where where) {
+    ShuffleArguments arguments{x, lane, 0};
     meet(kShuffle, &arguments, where);
     return arguments.received;
 }

@@ -82,6 +82,8 @@ inline float exp2_approx(float x) {
 }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float log2_exact(float x) { return std::log2(x); }
+inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
+inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline float infinity() { return std::numeric_limits<float>::infinity(); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float maximum(float a, float b) { return std::fmax(a, b); }

@@ -48,6 +48,9 @@ inline void store_shared_128(SharedAddress to, const Words4& x, emulation::Where
 inline uint16_t load_shared_16(SharedAddress from, emulation::Where where = emulation::Where::current()) {
     return emulation::load_shared<uint16_t>(from, where);
 }
+inline uint32_t load_shared_32(SharedAddress from, emulation::Where where = emulation::Where::current()) {
+    return emulation::load_shared<uint32_t>(from, where);
+}
 inline void store_shared_pair(
     SharedAddress to, float low, float high, emulation::Where where = emulation::Where::current()) {
     emulation::store_shared(to, emulation::Floats{low, high}, where);

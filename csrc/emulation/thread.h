@@ -1,13 +1,16 @@
 // Where a thread stands, and how it meets others: csrc/device/thread.h on the emulated machine.
 #pragma once
 
+#include <bit>
+#include <cstdint>
+
 #include "machine.h"
 
 namespace attnfuse {
 namespace emulation {
 
 void warp_sync(Where where);
-float shuffle_xor(float x, int lane_mask, Where where);
+uint32_t from_lane(uint32_t x, int lane, Where where);
 uint32_t ballot(bool vote, Where where);
 
 }  // namespace emulation
@@ -21,7 +24,11 @@ inline int block_count() { return emulation::launched_blocks; }
 inline void barrier(emulation::Where where = emulation::Where::current()) { emulation::barrier(where); }
 inline void warp_sync(emulation::Where where = emulation::Where::current()) { emulation::warp_sync(where); }
 inline float shuffle_xor(float x, int lane_mask, emulation::Where where = emulation::Where::current()) {
-    return emulation::shuffle_xor(x, lane_mask, where);
+    const int lane = emulation::current->lane ^ lane_mask;
+    return std::bit_cast<float>(emulation::from_lane(std::bit_cast<uint32_t>(x), lane, where));
+}
+inline uint32_t from_lane(uint32_t x, int lane, emulation::Where where = emulation::Where::current()) {
+    return emulation::from_lane(x, lane, where);
 }
 inline uint32_t ballot(bool vote, emulation::Where where = emulation::Where::current()) {
     return emulation::ballot(vote, where);

@@ -16,11 +16,10 @@
 // At a head dim of 256 dk and dv together do not fit the registers: each has a launch of its own.
 #pragma once
 
+#include "../core/key_tiles.cuh"
 #include "attn_bwd_rows.cuh"
 
 namespace attnfuse::sm80 {
-
-enum class Wanted { kBoth, kKey, kValue };
 
 // kSmall: for cards whose blocks have 99 KB of shared memory.
 template <int D, bool kSmall>
@@ -39,24 +38,6 @@ struct KeyTile {
         return wanted == Wanted::kValue ? kKeyBytes + 2 * kStageBytes : 2 * kKeyBytes + 2 * kStageBytes + kGradBytes;
     }
 };
-
-// How many blocks a key head of source s needs.
-template <int COLUMNS, Wanted WANTED>
-__host__ __device__ __forceinline__ int key_tiles(const BackwardParams& p, int s) {
-    const BackwardSource& source = p.sources[s];
-    const bool key = WANTED != Wanted::kValue && (source.grad_key.data != nullptr || p.dq_sum != nullptr);
-    const bool value = WANTED != Wanted::kKey && source.grad_value.data != nullptr;
-    return key || value ? (source.columns + COLUMNS - 1) / COLUMNS : 0;
-}
-
-template <int COLUMNS, Wanted WANTED>
-__host__ __device__ __forceinline__ int all_key_tiles(const BackwardParams& p) {
-    int tiles = 0;
-    for (int s = 0; s < p.shape.source_count; ++s) {
-        tiles += key_tiles<COLUMNS, WANTED>(p, s);
-    }
-    return tiles;
-}
 
 // x of one tile to p (packed, the left operand of dv) and dz = p (dz - delta). lse and delta of the tile's rows stand
 // at `state`, side by side.
@@ -97,38 +78,18 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
     using Tile = KeyTile<D, kSmall>;
     constexpr bool kKey = WANTED != Wanted::kValue, kValue = WANTED != Wanted::kKey;
     constexpr int kN = Tile::kRows / 8, kDN = D / 8;
-    const int tiles = all_key_tiles<Tile::kColumns, WANTED>(p);
-    const int b = block_index() / tiles / p.shape.key_heads, key_head = block_index() / tiles % p.shape.key_heads;
-    int s = 0, tile_of_source = block_index() % tiles;
-    while (tile_of_source >= key_tiles<Tile::kColumns, WANTED>(p, s)) {
-        tile_of_source -= key_tiles<Tile::kColumns, WANTED>(p, s);
-        ++s;
-    }
-    const BackwardSource& source = p.sources[s];
-    const int first_head = b * p.shape.heads + key_head * p.shape.group;
-    const int first = tile_of_source * Tile::kColumns;
+    const auto mine = OwnedKeys<Tile::kColumns>::template own<WANTED>(p);
+    const BackwardSource& source = p.sources[mine.source];
+    const int b = mine.b, key_head = mine.key_head, first = mine.first;
+    const int offset = mine.offset, first_head = mine.first_head(p);
     const int warp_row = warp_index() * 16, own = warp_row + lane_index() / 4;  // this lane's keys: own and own + 8
     const SharedAddress keys = shared_base();                                   // (kColumns, D), later grad_key
     const SharedAddress values = kKey ? keys + Tile::kKeyBytes : keys;          // (kColumns, D), later grad_value
     const SharedAddress stages = values + Tile::kKeyBytes;                      // two of: Q, dO (kRows, D), lse, delta
     const SharedAddress grads = stages + 2 * Tile::kStageBytes;                 // ds (kColumns, kRows)
 
-    // Which of the keys are seen by anything, and which rows see them.
-    const int offset = source_offset(source, b), begin = offset - source.left;
-    const int end = least(source_length(source, b), p.shape.rows + offset + source.right);
-    Word seen[2] = {0, 0};
-    bool all_seen = true;
-#pragma unroll
-    for (int part = 0; part < Tile::kColumns / 64; ++part) {
-        const int start = first + 64 * part;
-        seen[part] = kept_keys<64>(source, b, start) & between(begin - start, end - start);
-        all_seen = all_seen && seen[part] == ~Word{0};
-    }
-    const auto is_seen = [&](int j) { return (j < 64 ? seen[0] : seen[1]) >> (j % 64) & 1; };
+    const auto is_seen = [&](int j) { return mine.sees(j); };
     const bool upper_seen = is_seen(own), lower_seen = is_seen(own + 8);
-    const int row_begin = most(first - offset - source.right, 0);
-    const int row_end =
-        (seen[0] | seen[1]) == 0 ? 0 : least(least(first + Tile::kColumns, end) - offset + source.left, p.shape.rows);
 
     const auto load_rows = [&](const RowTiles<Tile::kRows>& tile, SharedAddress stage) {
         const int h = key_head * p.shape.group + tile.head;
@@ -142,13 +103,13 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
         if (thread < Tile::kRows) {
             cp_async_4(state + r * 4, p.lse2 + at);
         } else if (thread < 2 * Tile::kRows) {
-            cp_async_4(state + Tile::kStateBytes + r * 4, p.delta + s * p.delta_source + at);
+            cp_async_4(state + Tile::kStateBytes + r * 4, p.delta + mine.source * p.delta_source + at);
         }
         cp_async_commit();
     };
 
     RowTiles<Tile::kRows> tile;
-    tile.advance(p, first_head, row_begin, row_end);
+    tile.advance(p, first_head, mine.row_begin, mine.row_end);
     if (tile.valid(p)) {
         load_tile<Tile::kColumns, D, Tile::kThreads, bf16>(keys, source.key, b, key_head, first, p.shape.dim, is_seen);
         if constexpr (kKey) {
@@ -166,7 +127,7 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
         cp_async_wait<0>();
         barrier();  // the tile is there; nobody reads the other stage or ds any more
         RowTiles<Tile::kRows> next = tile;
-        next.advance(p, first_head, row_begin, row_end);
+        next.advance(p, first_head, mine.row_begin, mine.row_end);
         if (next.valid(p)) {
             load_rows(next, stages + (stage_index ^ 1) * Tile::kStageBytes);
         }
@@ -179,7 +140,7 @@ __global__ void __launch_bounds__(KeyTile<D, kSmall>::kThreads, 1)
             multiply_rows<T, 1, kN, D>(dz, values, warp_row, grad_out, 0);
         }
         prepare(x[0], p.shape.logits);
-        if (!(all_seen && tile.full(source, offset, first, first + Tile::kColumns - 1, p.shape.rows))) {
+        if (!(mine.all_seen && tile.full(source, offset, first, first + Tile::kColumns - 1, p.shape.rows))) {
             const Word upper = upper_seen ? tile.seeing(source, offset, first + own) : 0;
             const Word lower = lower_seen ? tile.seeing(source, offset, first + own + 8) : 0;
             mask_fragment(x[0], upper, lower);

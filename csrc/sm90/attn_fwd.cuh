@@ -13,20 +13,13 @@
 //
 // Q K^T of a tile and P V of the one before are issued together; the softmax of the tile runs while P V still does, and
 // while the other warpgroups' products do: they take turns in issuing (ping-pong).
-//
-//     barrier        completed by                             waited for by
-//     query_full     the copies of an item's rows             consumers
-//     query_empty    a thread of each consumer warpgroup      the copying warp
-//     key_full       the copies of a tile                     consumers       (a stage each, as are the next three)
-//     key_empty      a lane of each consumer warp             the copying warp
-//     value_full, value_empty                                 likewise
-//     landed         the copies of V with columns to clear    the copying warp
 #pragma once
 
 #include "../core/logits.cuh"
 #include "../core/softmax.cuh"
+#include "column_copies.cuh"
 #include "launch.h"
-#include "tiles.cuh"
+#include "maps.h"
 #include "warpgroup.h"
 #include "wgmma.h"
 
@@ -37,6 +30,7 @@ struct ForwardTile {
     static_assert(D == 64 || D == 128 || D == 256);
     static constexpr int kConsumers = D == 64 ? 3 : 2;
     static constexpr int kRows = 64 * kConsumers;
+    static constexpr int kRowTensors = 1;
     // At 64 three warpgroups share the registers: 128 columns would leave the copying warp too few.
     static constexpr int kColumns = D == 64 ? 112 : D == 128 ? 128 : 80;
     static constexpr int kStages = 2;
@@ -57,207 +51,6 @@ struct ForwardTile {
     // The first KB is lost to where memory begins: atoms lie on 1024 bytes.
     static constexpr int kSharedBytes =
         1024 + kQueryBytes + 2 * kStages * kKeyBytes + kSlots * Told::kBytes + kBarriers * 8;
-};
-
-// Where everything is in shared memory.
-template <int D>
-struct Memory {
-    using Tile = ForwardTile<D>;
-    SharedAddress query = (shared_base() + 1023) & ~1023u;  // (kRows, D), later `out`
-
-    __device__ __forceinline__ SharedAddress keys(int stage) const {
-        return query + Tile::kQueryBytes + stage * Tile::kKeyBytes;
-    }
-    __device__ __forceinline__ SharedAddress values(int stage) const { return keys(Tile::kStages + stage); }
-    __device__ __forceinline__ SharedAddress slot(int tile) const {
-        return keys(2 * Tile::kStages) + static_cast<uint32_t>(tile) % Tile::kSlots * Told::kBytes;
-    }
-    __device__ __forceinline__ SharedAddress barrier(int number) const {
-        return keys(2 * Tile::kStages) + Tile::kSlots * Told::kBytes + 8 * number;
-    }
-    __device__ __forceinline__ SharedAddress query_full() const { return barrier(0); }
-    __device__ __forceinline__ SharedAddress query_empty() const { return barrier(1); }
-    __device__ __forceinline__ SharedAddress landed() const { return barrier(2); }
-    __device__ __forceinline__ SharedAddress key_full(int stage) const { return barrier(3 + stage); }
-    __device__ __forceinline__ SharedAddress key_empty(int stage) const { return barrier(3 + Tile::kStages + stage); }
-    __device__ __forceinline__ SharedAddress value_full(int stage) const {
-        return barrier(3 + 2 * Tile::kStages + stage);
-    }
-    __device__ __forceinline__ SharedAddress value_empty(int stage) const {
-        return barrier(3 + 3 * Tile::kStages + stage);
-    }
-};
-
-// Tiles so far, as a place in the ring: the stage, and the parity of the phase in which it is full.
-template <int STAGES>
-struct Ring {
-    int count = 0;
-
-    __device__ __forceinline__ int stage() const { return static_cast<uint32_t>(count) % STAGES; }
-    __device__ __forceinline__ int parity() const { return static_cast<uint32_t>(count) / STAGES % 2; }
-};
-
-// By the whole block, before anyone uses a barrier.
-template <int D>
-__device__ __forceinline__ void make_barriers(const Memory<D>& memory) {
-    using Tile = ForwardTile<D>;
-    if (thread_index() == 0) {
-        mbarrier_init(memory.query_full(), 1);
-        mbarrier_init(memory.query_empty(), Tile::kConsumers);
-        mbarrier_init(memory.landed(), 1);
-        for (int stage = 0; stage < Tile::kStages; ++stage) {
-            mbarrier_init(memory.key_full(stage), 1);
-            mbarrier_init(memory.key_empty(stage), 4 * Tile::kConsumers);
-            mbarrier_init(memory.value_full(stage), 1);
-            mbarrier_init(memory.value_empty(stage), 4 * Tile::kConsumers);
-        }
-        proxy_fence();
-    }
-    barrier();
-}
-
-// The copying warp.
-template <int D>
-struct Copies {
-    using Tile = ForwardTile<D>;
-    using Tiles = WideColumnTiles<Tile::kColumns>;
-    const ForwardArguments& p;
-    const Memory<D> memory;
-    Ring<Tile::kStages> keys, values;
-    int cleared = 0;  // V tiles of which columns were cleared
-
-    // A tile whose K is on its way, and V is not.
-    struct Owed {
-        int source;  // source_count: the item has no tile
-        int start;
-        bool clears;
-    };
-
-    // One box of K or V after another, by one lane.
-    __device__ __forceinline__ void copy(
-        SharedAddress to, const TensorMap& map, SharedAddress barrier, int start, int key_head, int b) const {
-#pragma unroll 1
-        for (int box = 0; box < Tile::kBoxes; ++box) {
-            tma_load(to + box * Tile::kKeyBoxBytes, map, barrier, 64 * box, start, key_head, b);
-        }
-    }
-
-    // By all lanes, of which one goes on to copy: none is left behind by a whole phase.
-    __device__ __forceinline__ static void wait(SharedAddress barrier, int parity) {
-        mbarrier_wait(barrier, parity);
-        warp_sync();
-    }
-
-    // Of an item, if it has a tile at all; else only the phase goes by.
-    __device__ __forceinline__ void load_query(int round, bool has_tile, int first, int h, int b) const {
-        wait(memory.query_empty(), 1 - round % 2);
-        if (lane_index() != 0) {
-            return;
-        }
-        if (!has_tile) {
-            mbarrier_arrive(memory.query_full());
-            return;
-        }
-        mbarrier_arrive_expecting(memory.query_full(), Tile::kQueryBytes);
-#pragma unroll 1
-        for (int box = 0; box < Tile::kConsumers * Tile::kBoxes; ++box) {
-            tma_load(
-                memory.query + box * Tile::kQueryBoxBytes, p.query_map, memory.query_full(), box % Tile::kBoxes * 64,
-                first + box / Tile::kBoxes * 64, h, b);
-        }
-    }
-
-    // K of a tile, and what it is; without a tile, that there is none.
-    __device__ __forceinline__ void load_keys(const Told& told, bool has_tile, int start, int key_head, int b) {
-        const int stage = keys.stage();
-        wait(memory.key_empty(stage), 1 - keys.parity());
-        if (lane_index() == 0) {
-            told.store(memory.slot(keys.count));
-            if (has_tile) {
-                mbarrier_arrive_expecting(memory.key_full(stage), Tile::kKeyBytes);
-                copy(
-                    memory.keys(stage), p.key_maps[told.flags & Told::kSource], memory.key_full(stage), start, key_head,
-                    b);
-            } else {
-                mbarrier_arrive(memory.key_full(stage));
-            }
-        }
-        ++keys.count;
-    }
-
-    // V of a tile. Where it brings columns along that nobody sees, they are cleared before it counts as full: what they
-    // hold may be no number, and a weight of 0 would not hide it.
-    __device__ __forceinline__ void load_values(const Owed& owed, int key_head, int b) {
-        const int stage = values.stage();
-        wait(memory.value_empty(stage), 1 - values.parity());
-        const SharedAddress full = owed.clears ? memory.landed() : memory.value_full(stage);
-        if (lane_index() == 0) {
-            if (owed.source < p.shape.source_count) {
-                mbarrier_arrive_expecting(full, Tile::kKeyBytes);
-                copy(memory.values(stage), p.value_maps[owed.source], full, owed.start, key_head, b);
-            } else {
-                mbarrier_arrive(full);
-            }
-        }
-        if (owed.clears) {
-            wait(memory.landed(), cleared % 2);
-            ++cleared;
-            Told told;
-            told.load_seen(memory.slot(values.count));
-            clear_unseen(memory.values(stage), told.seen);
-            proxy_fence();
-            warp_sync();
-            if (lane_index() == 0) {
-                mbarrier_arrive(memory.value_full(stage));
-            }
-        }
-        ++values.count;
-    }
-
-    // Zeros in whole rows, four at a time: where in its row a chunk stands does not matter.
-    __device__ __forceinline__ void clear_unseen(SharedAddress values, const Word (&seen)[2]) const {
-#pragma unroll 1
-        for (int row = lane_index() / 8; row < Tile::kColumns; row += 4) {
-            if (!((row < 64 ? seen[0] : seen[1]) >> (row % 64) & 1)) {
-#pragma unroll
-                for (int box = 0; box < Tile::kBoxes; ++box) {
-                    store_shared_128(values + box * Tile::kKeyBoxBytes + row * 128 + lane_index() % 8 * 16, {});
-                }
-            }
-        }
-    }
-
-    // Every tile of every item of the block; K of the next tile is on its way before V of the present one.
-    __device__ __forceinline__ void run() {
-        for (Items items; items.valid(p); ++items.round) {
-            const Item item = items.item<Tile::kRows>(p);
-            const int first = item.first, last = least(first + Tile::kRows, p.shape.rows) - 1;
-            const int h = item.head % p.shape.heads, b = item.head / p.shape.heads, key_head = h / p.shape.group;
-            Tiles next;
-            next.advance(p, b, first, last);
-            const bool has_tile = next.valid(p);
-            load_query(items.round, has_tile, first, h, b);
-            if (!has_tile) {
-                load_keys({Told::kEmpty | Told::kEndsItem, 0, 0, {0, 0}}, false, 0, key_head, b);
-            }
-            Owed owed{next.source, 0, false};
-            bool begun = false;  // whether something is owed
-            while (next.valid(p)) {
-                Told told = next.told(p, b, first, last);
-                const Owed present{next.source, next.start, next.brings_unseen(p)};
-                next.advance(p, b, first, last);
-                told.flags |=
-                    (next.source != present.source ? Told::kEndsSource : 0) | (next.valid(p) ? 0 : Told::kEndsItem);
-                load_keys(told, true, present.start, key_head, b);
-                if (begun) {
-                    load_values(owed, key_head, b);
-                }
-                begun = true;
-                owed = present;
-            }
-            load_values(owed, key_head, b);
-        }
-    }
 };
 
 // Where a consumer's rows and their results are.
@@ -291,7 +84,7 @@ struct Consumer {
     static constexpr bool kTakesTurns = D < 256;
 
     const ForwardArguments& p;
-    const Memory<D> memory;
+    const ColumnMemory<Tile> memory;
     const int group;
     Ring<Tile::kStages> ring;
     uint32_t flags;  // of the present tile, Told's
@@ -308,13 +101,6 @@ struct Consumer {
     __device__ __forceinline__ void give_turn() const {
         if constexpr (kTakesTurns) {
             named_barrier_arrive(kTurn + (group + 1) % Tile::kConsumers, 256);
-        }
-    }
-
-    // This warp no longer reads what the barrier guards: its products are complete.
-    __device__ __forceinline__ static void release(SharedAddress barrier) {
-        if (lane_index() == 0) {
-            mbarrier_arrive(barrier);
         }
     }
 
@@ -355,6 +141,9 @@ struct Consumer {
         mbarrier_wait(memory.key_full(ring.stage()), ring.parity());
         const uint32_t before = flags;
         flags = uniform(static_cast<int>(Told::load_flags(memory.slot(ring.count))));
+        if constexpr (!kTakesTurns) {
+            warp_sync();  // the first lane releases for all: none is still about to read an earlier slot
+        }
         if (((flags ^ before) & Told::kSource) != 0 || (before & Told::kEndsItem) != 0) {
             bias = source_bias(p.sources[flags & Told::kSource], b, h);
         }
@@ -483,7 +272,7 @@ struct Consumer {
             give_turn();  // the first turn is the first warpgroup's
         }
         for (Items items; items.valid(p); ++items.round) {
-            const Item item = items.item<Tile::kRows>(p);
+            const Item item = items.template item<Tile::kRows>(p);
             const int h = item.head % p.shape.heads, b = item.head / p.shape.heads;
             const RowOutputs outputs{p, item.head, item.first + 64 * group};
             float out[1][kDN][4];
@@ -505,30 +294,17 @@ template <typename T, int D>
 __global__ void __launch_bounds__(ForwardTile<D>::kThreads, 1)
     attn_fwd_kernel(const __grid_constant__ ForwardArguments p) {
     using Tile = ForwardTile<D>;
-    const Memory<D> memory;
+    const ColumnMemory<Tile> memory;
     make_barriers(memory);
     if (uniform(warp_index()) < 4) {
         give_registers<Tile::kCopyRegisters>();
         if (warp_index() == 0) {
-            Copies<D>{p, memory}.run();
+            ColumnCopies<Tile, ForwardArguments>{p, memory}.run();
         }
     } else {
         take_registers<Tile::kComputeRegisters>();
         Consumer<T, D>{p, memory, uniform(warp_index() / 4) - 1}.run();
     }
-}
-
-// The tensor's sizes (dim, rows, heads, batch) and a map of it in boxes of 64 x box_rows.
-inline TensorMap map_of(const Rows& x, int dim, int rows, int heads, int batch, int box_rows) {
-    const uint64_t sizes[4] = {
-        static_cast<uint64_t>(dim), static_cast<uint64_t>(rows), static_cast<uint64_t>(heads),
-        static_cast<uint64_t>(batch)};
-    // Where there is one of a kind, no stride is taken, and what stands there may be anything.
-    const auto bytes = [&](int64_t stride, int count) {
-        return static_cast<uint64_t>(count > 1 ? 2 * stride : 2 * dim);
-    };
-    const uint64_t strides[3] = {bytes(x.row, rows), bytes(x.head, heads), bytes(x.batch, batch)};
-    return encode_tensor_map(x.data, sizes, strides, box_rows);
 }
 
 template <typename T, int D>
@@ -539,23 +315,10 @@ void attn_fwd(const ForwardParams& given, void* stream) {
     make_current(shape.device);
     p.query_map = map_of(p.query, shape.dim, shape.rows, shape.heads, shape.batch, 64);
     p.out_map = map_of(p.out, shape.value_dim, shape.rows, shape.heads, shape.batch, 64);
-    int64_t columns = 0;
-    for (int s = 0; s < shape.source_count; ++s) {
-        const SourceParams& source = p.sources[s];
-        columns += source.columns;
-        if (source.columns > 0) {  // else no tile of it is ever visited
-            p.key_maps[s] = map_of(source.key, shape.dim, source.columns, shape.key_heads, shape.batch, Tile::kColumns);
-            p.value_maps[s] =
-                map_of(source.value, shape.value_dim, source.columns, shape.key_heads, shape.batch, Tile::kColumns);
-        }
-    }
+    const int64_t columns = map_sources<Tile::kColumns>(p);
     p.tiles = (shape.rows + Tile::kRows - 1) / Tile::kRows;
-    // Keys and values of a section take about 32 MB of the 50 MB of L2.
-    const int64_t head_bytes = columns * (shape.dim + shape.value_dim) * 2;
-    const int64_t heads = int64_t{shape.heads} * shape.batch;
-    const int64_t fitting = (int64_t{32} << 20) / (head_bytes > 0 ? head_bytes : 1) * shape.group;
-    p.section = static_cast<int>(fitting < 1 ? 1 : fitting > heads ? heads : fitting);
-    const int64_t items = p.tiles * heads, blocks = multiprocessors(shape.device);
+    p.section = section_of(shape, columns);
+    const int64_t items = int64_t{p.tiles} * shape.heads * shape.batch, blocks = multiprocessors(shape.device);
     launch(attn_fwd_kernel<T, D>, items < blocks ? items : blocks, Tile::kThreads, Tile::kSharedBytes, stream, p);
 }
 

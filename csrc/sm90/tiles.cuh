@@ -2,7 +2,7 @@
 // one warp plans and copies, and the others compute.
 #pragma once
 
-#include "../core/masks.cuh"
+#include "../core/key_tiles.cuh"
 #include "shared.h"
 #include "tma.h"
 
@@ -18,6 +18,20 @@ struct ForwardArguments : ForwardParams {
     int32_t section = 0;  // heads whose keys and values are walked side by side
 };
 static_assert(sizeof(ForwardArguments) <= 4096, "more than a kernel's params may be before CUDA 12.1");
+
+// The backward's, likewise. More than 4096 bytes: launchers.cpp asks the driver.
+struct BackwardArguments : BackwardParams {
+    TensorMap query_map;
+    TensorMap grad_out_map;
+    TensorMap grad_query_map;
+    TensorMap key_maps[kMaxSources];
+    TensorMap value_maps[kMaxSources];
+    TensorMap grad_key_maps[kMaxSources];
+    TensorMap grad_value_maps[kMaxSources];
+    int32_t tiles = 0;
+    int32_t section = 0;
+};
+static_assert(sizeof(BackwardArguments) <= 32764, "more than a kernel's params may be since CUDA 12.1");
 
 // ROWS rows of one head.
 struct Item {
@@ -40,11 +54,12 @@ struct Items {
         const int turn = round % 2 == 0 ? block_index() : block_count() - 1 - block_index();
         return round * block_count() + turn;
     }
-    __device__ __forceinline__ bool valid(const ForwardArguments& p) const {
+    template <typename Arguments>
+    __device__ __forceinline__ bool valid(const Arguments& p) const {
         return number() < p.tiles * p.shape.heads * p.shape.batch;
     }
-    template <int ROWS>
-    __device__ __forceinline__ Item item(const ForwardArguments& p) const {
+    template <int ROWS, typename Arguments>
+    __device__ __forceinline__ Item item(const Arguments& p) const {
         const int section = number() / (p.section * p.tiles), within = number() % (p.section * p.tiles);
         const int begin = section * p.section;
         const int heads = least(p.section, p.shape.heads * p.shape.batch - begin);
@@ -91,16 +106,20 @@ struct Told {
 // where a source's first tile begins, which a tensor copy leaves free.
 template <int COLUMNS>
 struct WideColumnTiles {
-    static_assert(COLUMNS > 64 && COLUMNS <= 128);
+    static_assert(COLUMNS % 16 == 0 && COLUMNS <= 128);
 
     int source = -1;
     int start = 0;
     int end = 0;
     Word seen[2] = {0, 0};
 
-    __device__ __forceinline__ bool valid(const ForwardArguments& p) const { return source < p.shape.source_count; }
+    template <typename Arguments>
+    __device__ __forceinline__ bool valid(const Arguments& p) const {
+        return source < p.shape.source_count;
+    }
 
-    __device__ __forceinline__ void advance(const ForwardArguments& p, int b, int first, int last) {
+    template <typename Arguments>
+    __device__ __forceinline__ void advance(const Arguments& p, int b, int first, int last) {
         start += COLUMNS;
         while (true) {
             while (start >= end) {
@@ -115,7 +134,7 @@ struct WideColumnTiles {
             }
             const SourceParams& s = p.sources[source];
             seen[0] = kept_keys<64>(s, b, start) & below(least(end - start, COLUMNS));
-            seen[1] = kept_keys<64>(s, b, start + 64) & below(least(end - start, COLUMNS) - 64);
+            seen[1] = COLUMNS > 64 ? kept_keys<64>(s, b, start + 64) & below(least(end - start, COLUMNS) - 64) : 0;
             if ((seen[0] | seen[1]) != 0) {
                 return;
             }
@@ -125,13 +144,15 @@ struct WideColumnTiles {
 
     // Whether columns that the copy brings along are seen by none of the rows: what they hold must not be computed
     // with.
-    __device__ __forceinline__ bool brings_unseen(const ForwardArguments& p) const {
+    template <typename Arguments>
+    __device__ __forceinline__ bool brings_unseen(const Arguments& p) const {
         const int there = least(p.sources[source].columns - start, COLUMNS);
         return seen[0] != below(there) || seen[1] != below(there - 64);
     }
 
     // All but what depends on the tile after.
-    __device__ __forceinline__ Told told(const ForwardArguments& p, int b, int first, int last) const {
+    template <typename Arguments>
+    __device__ __forceinline__ Told told(const Arguments& p, int b, int first, int last) const {
         const SourceParams& s = p.sources[source];
         const int offset = source_offset(s, b);
         const int lower = offset - s.left - start, upper = offset + s.right + 1 - start;
@@ -139,6 +160,79 @@ struct WideColumnTiles {
         const bool full = !p.shape.logits.prepared && seen[0] == below(COLUMNS) && seen[1] == below(COLUMNS - 64) &&
                           last + lower <= 0 && first + upper >= COLUMNS;
         return {static_cast<uint32_t>(source) | (full ? Told::kFull : 0), lower, upper, {seen[0], seen[1]}};
+    }
+};
+
+// Zeros in the rows of a tile (ROWS, 64 BOXES) that are not kept, by a warp, four at a time: where in its row a chunk
+// stands does not matter.
+template <int ROWS, int BOXES>
+__device__ __forceinline__ void clear_rows(SharedAddress tile, const Word (&kept)[2]) {
+#pragma unroll 1
+    for (int row = lane_index() / 8; row < ROWS; row += 4) {
+        if (!((row < 64 ? kept[0] : kept[1]) >> (row % 64) & 1)) {
+#pragma unroll
+            for (int box = 0; box < BOXES; ++box) {
+                store_shared_128(tile + box * ROWS * 128 + row * 128 + lane_index() % 8 * 16, {});
+            }
+        }
+    }
+}
+
+// Bits start .. start + 63 of a row of words, and 0 behind its end.
+__device__ __forceinline__ Word bits_from(const Word* words, int count, int start) {
+    const int word = start / 64, within = start % 64;
+    const auto load = [&](int i) { return i < count ? load_global(words + i) : Word{0}; };
+    return within == 0 ? load(word) : load(word) >> within | load(word + 1) << (64 - within);
+}
+
+// The tiles of up to 128 rows that see a block's columns, over every query head of the key head: masks.cuh's RowTiles,
+// but for tiles that begin on any multiple of ROWS.
+template <int ROWS>
+struct WideRowTiles {
+    static_assert(ROWS % 16 == 0 && ROWS <= 128);
+
+    int head = -1;  // which query head of the group; group when there is no more
+    int start = 0;
+    Word live[2] = {0, 0};  // bit r: row start + r sees a key somewhere
+
+    __device__ __forceinline__ bool valid(const BackwardParams& p) const { return head < p.shape.group; }
+
+    // On to the next tile of rows lo .. hi - 1 with one that lives. first_head is the group's first, of the B Hq.
+    __device__ __forceinline__ void advance(const BackwardParams& p, int first_head, int lo, int hi) {
+        start += ROWS;
+        while (true) {
+            while (head < 0 || start >= hi) {
+                ++head;
+                if (head >= p.shape.group || lo >= hi) {
+                    head = p.shape.group;
+                    return;
+                }
+                start = lo / ROWS * ROWS;
+            }
+            const int count = p.rows_padded / 64;
+            const Word* words = p.live + stride_by(first_head + head, count);
+            live[0] = bits_from(words, count, start) & below(ROWS);
+            live[1] = ROWS > 64 ? bits_from(words, count, start + 64) & below(ROWS - 64) : 0;
+            if ((live[0] | live[1]) != 0) {
+                return;
+            }
+            start += ROWS;
+        }
+    }
+
+    // Whether the copy brings rows along that are dead: what they hold must not be computed with.
+    __device__ __forceinline__ bool brings_dead(const BackwardParams& p) const {
+        const int there = least(p.shape.rows - start, ROWS);
+        return live[0] != below(there) || live[1] != below(there - 64);
+    }
+
+    // Whether every row of the tile sees every column of the block; rows past the last count as if they did, since
+    // their lse is +inf.
+    template <int COLUMNS>
+    __device__ __forceinline__ bool full(const BackwardParams& p, const OwnedKeys<COLUMNS>& mine) const {
+        const SourceParams& s = p.sources[mine.source];
+        return mine.all_seen && start >= mine.first + COLUMNS - 1 - mine.offset - s.right &&
+               start + ROWS <= mine.first - mine.offset + s.left + 1;
     }
 };
 

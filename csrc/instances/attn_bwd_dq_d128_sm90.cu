@@ -1,0 +1,5 @@
+#include "../sm90/attn_bwd_dq.cuh"
+
+template void attnfuse::sm90::attn_bwd_dq<attnfuse::bf16, 128>(const attnfuse::BackwardParams&, void*);
+template void attnfuse::sm90::attn_bwd_dq<attnfuse::fp16, 128>(const attnfuse::BackwardParams&, void*);
+template std::vector<attnfuse::TileShape> attnfuse::sm90::attn_bwd_dq_tiles<128>();

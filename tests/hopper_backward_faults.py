@@ -1,0 +1,119 @@
+# ruff: noqa: E501
+"""Faults of the asynchronous kind to plant in Hopper's two backward kernels, as hopper_faults.py does for the forward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+from faults import Fault
+from hopper_faults import judge
+
+from attnfuse.testing import Case, SourceCase
+
+_BWD, _DQ, _COPIES, _TILES = (f"sm90/{name}.cuh" for name in ("attn_bwd", "attn_bwd_dq", "column_copies", "tiles"))
+
+FAULTS = [
+    # early reads
+    Fault("K and V are read before they have landed", _BWD, "            mbarrier_wait(memory.keys_full(), 0);\n", ""),
+    Fault("Q is read before it has landed", _BWD, "        mbarrier_wait(memory.query_full(queries.stage()), queries.parity());\n        told", "        told"),
+    Fault("dO is read before it has landed", _BWD, "        mbarrier_wait(memory.grad_full(grads.stage()), grads.parity());\n", ""),
+    Fault("dead rows are cleared before they have landed", _BWD, "            wait_together(memory.landed(), cleared % 2);\n", ""),
+    Fault("dS is read before all of it is there", _BWD, "            named_barrier_sync(kThere, 256);\n", ""),
+    Fault("unseen columns are read before all are cleared", _BWD, "        named_barrier_sync(kCleared, 256);\n", ""),
+    # wrong phases
+    Fault("the phase of Q does not change", _BWD, "mbarrier_wait(memory.query_full(queries.stage()), queries.parity());", "mbarrier_wait(memory.query_full(queries.stage()), 0);"),
+    Fault("the phase of dO is that of the tile before", _BWD, "mbarrier_wait(memory.grad_full(grads.stage()), grads.parity());", "mbarrier_wait(memory.grad_full(grads.stage()), 1 - grads.parity());"),
+    Fault("the copying warp waits for the phase that it fills", _BWD, "wait_together(memory.query_empty(query_stage), 1 - queries.parity());", "wait_together(memory.query_empty(query_stage), queries.parity());"),
+    Fault("the phase of dead rows does not change", _BWD, "wait_together(memory.landed(), cleared % 2);", "wait_together(memory.landed(), 0);"),
+    Fault("one ring goes on and the other does not", _BWD, "        release(memory.query_empty(queries.stage()));\n        ++queries.count;\n        ++grads.count;", "        release(memory.query_empty(queries.stage()));\n        ++queries.count;"),
+    # handed on too early
+    Fault("Q is copied over before it was released", _BWD, "        wait_together(memory.query_empty(query_stage), 1 - queries.parity());\n", ""),
+    Fault("Q is released before dK's product is complete", _BWD, "        wgmma_wait<0>(dk, ds);\n    }", "        release(memory.query_empty(queries.stage()));\n        wgmma_wait<0>(dk, ds);\n    }"),
+    Fault("dS is overwritten while the other group reads it", _BWD, "            wait_free();\n            store", "            store"),
+    Fault("dS is given free before dQ's product is complete", _BWD, "            named_barrier_sync(kThere, 256);\n            issue_query(dq);", "            named_barrier_sync(kThere, 256);\n            give_free();\n            issue_query(dq);"),
+    Fault("dS is never given free", _BWD, "            give_free();\n            add_query(dq);", "            add_query(dq);"),
+    Fault("nobody finds dS free at first", _BWD, "            give_free();  // the first tile finds dS free\n", ""),
+    Fault("the staging of dQ is overwritten while it is added", _BWD, "            tma_wait_read();  // of the tile before\n", ""),
+    Fault("K is overwritten while the other group reads it", _BWD, "            wait_free();  // the other group reads K no more\n", ""),
+    Fault("one warp releases Q for all", _BWD, "mbarrier_init(memory.query_empty(stage), 4 * Tile::kConsumers);", "mbarrier_init(memory.query_empty(stage), Tile::kConsumers);"),
+    # transaction bytes
+    Fault("lse is not counted", _BWD, "kQueryBytes = Tile::kRowBytes + kStates * Tile::kStateBytes;", "kQueryBytes = Tile::kRowBytes;"),
+    Fault("V is not counted", _BWD, "(Tile::kKey ? 2 : 1) * Tile::kKeyBytes);", "Tile::kKeyBytes);"),
+    Fault("too many bytes of dO are expected", _BWD, "mbarrier_arrive_expecting(grad_full, Tile::kRowBytes);", "mbarrier_arrive_expecting(grad_full, Tile::kRowBytes + 16);"),
+    Fault("delta is copied over lse", _BWD, "                    memory.state(query_stage) + Tile::kStateBytes,\n", "                    memory.state(query_stage),\n"),
+    # products and their registers
+    Fault("dP^T is used a group too early", _BWD, "        wgmma_wait<0>(dz);", "        wgmma_wait<1>(dz);"),
+    Fault("dQ^T is used a group too early", _BWD, "                wgmma_wait<1>(dv, weights, dq[0]);", "                wgmma_wait<2>(dv, weights, dq[0]);"),
+    Fault("the fence leaves p out", _BWD, "wgmma_fence(acc, left);", "wgmma_fence(acc);"),
+    Fault("no fence before dQ^T", _BWD, "            wgmma_fence(dq[0]);\n", "            ;\n"),
+    Fault("the products of dQ^T are not committed", _BWD, "k / 4 * Tile::kRowBoxBytes + k % 4 * 32), k != 0);\n            }\n        }\n        wgmma_commit();", "k / 4 * Tile::kRowBoxBytes + k % 4 * 32), k != 0);\n            }\n        }"),
+    # proxies
+    Fault("no proxy fence behind dS", _BWD, "            proxy_fence();\n            named_barrier_sync(kThere, 256);", "            named_barrier_sync(kThere, 256);"),
+    Fault("no proxy fence behind the staging of dQ", _BWD, "            proxy_fence();\n            warp_sync();\n            if (lane_index() == 0 && d < p.shape.dim)", "            warp_sync();\n            if (lane_index() == 0 && d < p.shape.dim)"),
+    Fault("the staging of dQ is added before all lanes have written", _BWD, "            proxy_fence();\n            warp_sync();\n            if (lane_index() == 0 && d < p.shape.dim)", "            proxy_fence();\n            if (lane_index() == 0 && d < p.shape.dim)"),
+    Fault("no proxy fence behind cleared rows", _BWD, "            proxy_fence();\n            warp_sync();\n            if (lane_index() == 0) {\n                mbarrier_arrive(memory.query_full", "            warp_sync();\n            if (lane_index() == 0) {\n                mbarrier_arrive(memory.query_full"),
+    Fault("no proxy fence behind cleared columns", _BWD, "        proxy_fence();\n        named_barrier_sync(kCleared, 256);", "        named_barrier_sync(kCleared, 256);"),
+    Fault("no proxy fence behind a gradient", _BWD, "        proxy_fence();\n        named_barrier_sync(kOwn + group, 128);  // all of it is there", "        named_barrier_sync(kOwn + group, 128);  // all of it is there"),
+    Fault("the addition of dQ is not committed", _BWD, "                bulk_add(fragment_at(d), staging, Tile::kStagingBytes);\n                tma_commit();", "                bulk_add(fragment_at(d), staging, Tile::kStagingBytes);"),
+    Fault("nobody waits for the gradients' store", _BWD, "        tma_wait_read();\n    }\n};", "    }\n};"),
+    # layouts
+    Fault("dS is not swizzled", _BWD, "matrix % 2 ^ r) * 16)", "matrix % 2) * 16)"),
+    Fault("dS's halves change places", _BWD, "k / 4 * Tile::kRowBoxBytes + k % 4 * 32), k != 0);", "(1 - k / 4) * Tile::kRowBoxBytes + k % 4 * 32), k != 0);"),
+    Fault("K's rows 8 at a time for dQ^T", _BWD, "dq[part], further(a, k * 2048)", "dq[part], further(a, k * 1024)"),
+    Fault("dO's rows 8 at a time", _BWD, "further(b, k * 2048), true", "further(b, k * 1024), true"),
+    Fault("both groups add the same rows of dQ", _BWD, "D == 64 ? 64 * group : 0; }", "0; }"),
+    Fault("a gradient is not swizzled", _BWD, "((n % 8 ^ row % 8) * 16)", "(n % 8 * 16)"),
+    # registers
+    Fault("more registers are taken than were given", _BWD, "kComputeRegisters = 240", "kComputeRegisters = 248"),
+    # the stream of tiles
+    Fault("dead rows are not cleared", _BWD, "const bool clears = tile.brings_dead(p);", "const bool clears = false;"),
+    Fault("dead rows beyond the first 64 are never cleared", _TILES, "return live[0] != below(there) || live[1] != below(there - 64);", "return live[0] != below(there);"),
+    Fault("a causal tile passes for full", _TILES, "start >= mine.first + COLUMNS - 1 - mine.offset - s.right &&", "start >= mine.first - mine.offset - s.right &&"),
+    Fault("a tile passes for full where columns are not seen", _TILES, "return mine.all_seen && start", "return start"),
+    Fault("unseen columns are not cleared", _BWD, "            clear_unseen();\n", ""),
+    Fault("K of the first source for all", _BWD, "p.key_maps[mine.source], memory.keys_full()", "p.key_maps[0], memory.keys_full()"),
+    Fault("delta of the first source for all", _BWD, "p.delta + stride_by(mine.source, p.delta_source) + at", "p.delta + at"),
+    Fault("rows of the group's first head for all", _BWD, "const int h = mine.key_head * p.shape.group + tile.head;", "const int h = mine.key_head * p.shape.group;"),
+    Fault("there is no end", _BWD, "ToldRows{ToldRows::kEnd, 0, 0.0f, 0, 0}", "ToldRows{0, 0, 0.0f, 0, 0}"),
+]  # fmt: skip
+
+QUERY_FAULTS = [
+    # without dQ to add, nothing else brings the lanes of the kernel over keys together
+    Fault("lse is released before all lanes have read it", _BWD, "        warp_sync();  // all lanes have read lse and delta\n", ""),
+    Fault("V is read before it has landed", _DQ, "        mbarrier_wait(memory.value_full(ring.stage()), ring.parity());\n        issue_scores(dz", "        issue_scores(dz"),
+    Fault("K is read before it has landed", _DQ, "        mbarrier_wait(memory.key_full(ring.stage()), ring.parity());\n", ""),
+    Fault("Q and dO are read before they have landed", _DQ, "            mbarrier_wait(memory.query_full(), items.round % 2);\n", ""),
+    Fault("dO is not counted", _COPIES, "mbarrier_arrive_expecting(memory.query_full(), Tile::kRowTensors * Tile::kQueryBytes);", "mbarrier_arrive_expecting(memory.query_full(), Tile::kQueryBytes);"),
+    Fault("K is released before dQ's product is complete", _DQ, "        wgmma_wait<0>(dq, ds);\n        warp_sync();  // all lanes have read the slot\n        release(memory.key_empty(ring.stage()));", "        warp_sync();\n        release(memory.key_empty(ring.stage()));\n        wgmma_wait<0>(dq, ds);"),
+    Fault("the slot is released before all lanes have read it", _DQ, "        warp_sync();  // all lanes have read the slot\n", ""),
+    Fault("dP is used a group too early", _DQ, "        wgmma_wait<0>(dz);", "        wgmma_wait<1>(dz);"),
+    Fault("the fence leaves dS out", _DQ, "wgmma_fence(dq, ds);", "wgmma_fence(dq);"),
+    Fault("K's rows 8 at a time", _DQ, "further(b, k * 2048)", "further(b, k * 1024)"),
+    Fault("columns of K that nobody sees are not cleared", _COPIES, "kBackward && present.clears", "false"),
+    Fault("Q is copied over while its rows hold dQ", _DQ, "                tma_wait_read();\n", ""),
+    Fault("dQ overwrites a query that is read", _DQ, "        named_barrier_sync(kOwn + group, 128);  // no product of the warpgroup reads the query any more\n", ""),
+    Fault("no proxy fence behind dQ", _DQ, "            proxy_fence();\n", ""),
+    Fault("delta is kept where the source changes", _DQ, "((flags ^ before) & Told::kSource) != 0 || ", ""),
+    Fault("dead rows get out", _DQ, "return lives(r) ? x * p.shape.scale : 0.0f;", "return x * p.shape.scale;"),
+    Fault("an item without a tile keeps its stage", _DQ, "                warp_sync();\n                release(memory.key_empty(ring.stage()));\n", ""),
+]  # fmt: skip
+
+# Blocks that walk six tiles of rows, of two heads; tiles that are full, causal, padded and with holes; dead rows at a
+# tile's beginning and at another's end. Without bias and sinks, so that dQ is added by the kernel over keys.
+ROWS = Case(
+    "hopper", "rows",
+    (SourceCase(90, causal=True, offset=-100, window=(20, -1)), SourceCase(200, causal=True, lengths=(0, 200)),
+     SourceCase(130, holes=True, present=(False, True))),
+    batch=2, heads=4, kv_heads=2, rows=300, dim=64, aux=True,
+)  # fmt: skip
+
+
+def judge_backward(module: str, verdict: Connection) -> None:
+    judge(ROWS, True, module, verdict)
+
+
+def judge_query(module: str, verdict: Connection) -> None:
+    """With a bias, whose gradient the kernel that owns rows makes."""
+    first, *others = ROWS.sources
+    judge(replace(ROWS, sources=(replace(first, bias=True), *others)), True, module, verdict)
