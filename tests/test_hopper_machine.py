@@ -12,7 +12,7 @@ import pytest
 
 from attnfuse import build
 from attnfuse.machine import cuda_code, sass
-from attnfuse.machine.flow import loops
+from attnfuse.machine.flow import Flow, loops
 from attnfuse.machine.model import Work
 from attnfuse.machine.published import flash_attention_3
 from attnfuse.machine.reading import LoopReading, Reading, tile_loops
@@ -261,3 +261,32 @@ def test_the_kernel_over_rows(readings: list[Reading]) -> None:
         wide = ", 256>" in reading.kernel
         assert plain(reading).binding == ("shared" if wide else "tensor"), reading.kernel
         assert plain(reading).per_element <= (14.7 if wide else 8.1), reading.kernel
+
+
+def behind(code: Sequence[Instruction], register_count: Instruction) -> list[Instruction]:
+    """What may be executed after a setmaxnreg, up to the end."""
+    flow = Flow(code)
+    ((start, at),) = [(n, b.index(register_count)) for n, b in enumerate(flow.blocks) if register_count in b]
+    found, waiting, seen = list(flow.blocks[start][at:]), list(flow.next[start]), set()
+    while waiting:
+        block = waiting.pop()
+        if block not in seen:
+            seen.add(block)
+            found += flow.blocks[block]
+            waiting += flow.next[block]
+    return found
+
+
+def test_no_thread_uses_registers_that_it_has_not(folder: Path) -> None:
+    """setmaxnreg leaves a thread so many: R0 to that number less one. Neither ptxas nor emulation says otherwise."""
+    checked = 0
+    for path in sorted((folder / "instances").glob(f"attn_*{build.HOPPER_SUFFIX}.o")):
+        for function in sass.functions(path):
+            for change in [x for x in function.code if x.opcode == "USETMAXREG"]:
+                limit = int(re.findall(r"0x([0-9a-f]+)", change.operands)[-1], 16)
+                code = behind(function.code, change)
+                highest = max(int(n) for x in code for n in re.findall(r"\bR(\d+)\b", x.operands))
+                assert len(code) > 100 and highest < limit, (function.name, change.name, limit, highest)
+                checked += 1
+    # Of both dtypes three forwards, three over rows and four over keys: what the copying warps give, the others take.
+    assert checked == 2 * (3 + 3 + 4) * 2

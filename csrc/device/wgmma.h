@@ -107,8 +107,8 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
 #define WGMMA_D_128 WGMMA_D_64, WGMMA_D_8(16), WGMMA_D_8(24)
 
 #define WGMMA_PRODUCT(N, TYPES, REGISTERS, A, B, ADD, IMMEDIATES, ...)                                         \
-    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N      \
-                 "k16.f32." TYPES " {" WGMMA_LIST_##REGISTERS "}, " A ", " B ", add, 1, 1, " IMMEDIATES ";\n}" \
+    asm volatile("{\n.reg .pred sum;\nsetp.ne.b32 sum, " ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N      \
+                 "k16.f32." TYPES " {" WGMMA_LIST_##REGISTERS "}, " A ", " B ", sum, 1, 1, " IMMEDIATES ";\n}" \
                  : WGMMA_D_##REGISTERS                                                                         \
                  : __VA_ARGS__, "r"(static_cast<int>(accumulate)))
 

@@ -32,6 +32,9 @@ struct BackwardArguments : BackwardParams {
     int32_t section = 0;
 };
 static_assert(sizeof(BackwardArguments) <= 32764, "more than a kernel's params may be since CUDA 12.1");
+#if defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1201
+#error "Hopper's kernels need nvcc 12.1 or later: TORCH_CUDA_ARCH_LIST without 9.0 leaves them out"
+#endif
 
 // ROWS rows of one head.
 struct Item {
