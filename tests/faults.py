@@ -24,6 +24,7 @@ class Fault(NamedTuple):
 _FWD, _DQ, _DKDV, _ROWS = (f"sm80/attn_{name}.cuh" for name in ("fwd", "bwd_dq", "bwd_dkdv", "bwd_rows"))
 _TILE, _MASKS, _LOGITS = "sm80/tile.cuh", "core/masks.cuh", "core/logits.cuh"
 _FRAGMENT, _SOFTMAX = "core/fragment.cuh", "core/softmax.cuh"
+_KEYS, _SUMS = "core/key_tiles.cuh", "core/row_sums.cuh"
 
 FAULTS = [
     # waits and barriers
@@ -72,7 +73,7 @@ FAULTS = [
           "const int key_head = h / p.shape.group;", "const int key_head = h % p.shape.key_heads;"),
     Fault("the next K of the wrong source", _FWD, "keys, p.sources[tile.source].key,", "keys, p.sources[0].key,"),
     Fault("dkdv: the wrong query head", _DKDV, "const int h = key_head * p.shape.group + tile.head;", "const int h = key_head * p.shape.group;"),
-    Fault("dkdv: the delta of the wrong source", _DKDV, "p.delta + s * p.delta_source + at", "p.delta + at"),
+    Fault("dkdv: the delta of the wrong source", _DKDV, "p.delta + mine.source * p.delta_source + at", "p.delta + at"),
     Fault("dq: the delta of the wrong source", _DQ, "p.delta + tile.source * p.delta_source", "p.delta + 0 * p.delta_source"),
     Fault("dkdv: dQ of the wrong rows", _DKDV, "tile.start + row, 8 * chunk)", "tile.start, 8 * chunk)"),
     # masks
@@ -86,7 +87,7 @@ FAULTS = [
     Fault("a causal tile passes for a full one", _MASKS, "start + COLUMNS <= first + offset + s.right + 1;", "start + COLUMNS <= last + offset + s.right + 1;"),
     Fault("dkdv: a causal tile passes for a full one", _MASKS, "return start >= last - offset - s.right", "return start >= first - offset - s.right"),
     Fault("dkdv: a window's last tile passes for a full one", _MASKS, "least(first - offset + s.left + 1, rows)", "least(last - offset + s.left + 1, rows)"),
-    Fault("dkdv: keys that no row sees are read", _DKDV, "& between(begin - start, end - start);", "& below(source_length(source, b) - start);"),
+    Fault("dkdv: keys that no row sees are read", _KEYS, "& between(begin - start, end - start);", "& below(source_length(source, tile.b) - start);"),
     Fault("holes beyond the first 32 columns are ignored", _MASKS, "kept |= Word{ballot(keeps)} << part;", "kept |= part == 0 ? Word{ballot(keeps)} : ~Word{0} << part;"),
     Fault("presence is ignored", _MASKS, "load_global(source.present + stride_by(b, 1)) == 0", "false"),
     Fault("dead rows count as live", _ROWS, "load_global(lse + i) != -infinity();", "load_global(lse + i) != infinity();"),
@@ -108,7 +109,7 @@ FAULTS = [
     Fault("dQ is not cleared first", _ROWS, "    if (p.dq_sum != nullptr) {\n        float* sum", "    if (false) {\n        float* sum"),
     Fault("dQ is stored instead of added", _DKDV, "add_global(sum + n * 128 + c * 32, dq[0][n][c]);", "store_global(sum + n * 128 + c * 32, dq[0][n][c]);"),
     Fault("dK is not scaled", _DKDV, "dk[0][n][c] *= p.shape.scale;", ""),
-    Fault("dq: the sums of one source run on into the next", _DQ, "            dz[r] = 0.0f;\n", ""),
+    Fault("dq: the sums of one source run on into the next", _SUMS, "            dz[r] = 0.0f;\n", ""),
 ]  # fmt: skip
 
 

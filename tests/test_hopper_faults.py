@@ -30,14 +30,15 @@ EACH = [(name, fault.name) for name, faults in PASSES.items() for fault in fault
 
 def one_dtype(csrc: Path) -> None:
     """Compiling is most of what a fault costs: without the instances in float16."""
-    for instance in (FORWARD, KEYS, ROWS, "attn_bwd_rows"):
+    for instance in (FORWARD, KEYS, ROWS, "attn_bwd_rows", "attn_fwd_split_d64"):
         file = csrc / "instances" / f"{instance}.cu"
         lines = [line for line in file.read_text().splitlines(keepends=True) if "fp16" not in line]
         file.write_text("".join(lines))
 
 
+# The forward asks what a split would take before it goes without one.
 JUDGES = {
-    "forward": (hopper_faults.judge_forward, [FORWARD]),
+    "forward": (hopper_faults.judge_forward, [FORWARD, "attn_fwd_split_d64"]),
     "backward over keys": (hopper_backward_faults.judge_backward, [FORWARD, KEYS, "attn_bwd_rows"]),
     "backward over rows": (hopper_backward_faults.judge_query, [FORWARD, KEYS, ROWS, "attn_bwd_rows"]),
 }
