@@ -357,14 +357,13 @@ def test_configurations_are_shared_out() -> None:
     assert len(pool.triton_tasks(wanted, 16)) >= 64  # enough for every process
 
 
-# The Triton configurations that the table has, as `triton_code.configs` takes them: all of sm_80 and sm_90; at head
-# dims 64 and 128 16 bit of sm_120, and of sm_100 what has neither masks nor features.
+# The Triton configurations that the table has, as `triton_code.configs` takes them: all but one kernel on sm_120.
 KEPT: tuple[dict[str, Any], ...] = (
-    {"archs": (80, 90)},
-    {"archs": (120,), "dtypes": ("bf16",), "head_dims": (64, 128)},
-    {"archs": (100,), "passes": [p for p in triton_code.PASSES if p != "dkdv1"], "dtypes": ("bf16",),
-     "head_dims": (64, 128), "variants": ("plain",)},
-)  # fmt: skip
+    {"archs": (80, 90, 100)},
+    {"archs": (120,), "passes": [p for p in triton_code.PASSES if p != "dkdv1"]},
+    # At 256 the one-pass tile takes more shared memory than a block has there; nothing chooses it (tuning.ONE_PASS).
+    {"archs": (120,), "passes": ["dkdv1"], "head_dims": (64, 96, 128)},
+)
 
 
 def test_the_table_has_the_tuned_configurations() -> None:
@@ -424,6 +423,7 @@ def hold_to_promises(found: list[table.Line]) -> None:
 # What touches local memory although kernels of its kind should not, and how often.
 SPILLS = {
     ("sm_100", "reduce bf16 d128 plain"): "2",
+    ("sm_100", "split bf16 d64 causal"): "3",
     ("sm_120", "dkdv bf16 d128 causal"): "1",
     ("sm_120", "dkdv1 bf16 d64 causal"): "1",
     ("sm_120", "few bf16 d128 causal"): "1",
