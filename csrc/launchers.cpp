@@ -145,6 +145,20 @@ bool on_hopper(const BackwardParams& p) {
     return true;
 }
 
+// Has Hopper's kernels serve `params`, by call(type, dim), if they can; returns whether they did.
+template <typename Params, typename Call>
+bool served_by_hopper(const Params& params, Call call) {
+    if constexpr (kHasHopper) {
+        if (on_hopper(params)) {
+            with_dtype(params.shape, [&](auto type) {
+                with_hopper_dim(params.shape.dim_padded, [&](auto dim) { call(type, dim); });
+            });
+            return true;
+        }
+    }
+    return false;
+}
+
 }  // namespace
 
 int padded_dim(int dim, int value_dim) {
@@ -192,13 +206,10 @@ int rows_padded(int rows) {
 std::vector<TileShape> attn_bwd_tiles(const BackwardParams& given) {
     const BackwardParams params = completed(given);
     std::vector<TileShape> tiles;
-    if constexpr (kHasHopper) {
-        if (on_hopper(params)) {
-            with_hopper_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) {
-                tiles = {sm90::attn_bwd_dq_tiles<D>()[0], sm90::attn_bwd_dkdv_tiles<D>().back()};
-            });
-            return tiles;
-        }
+    if (served_by_hopper(params, [&]<typename T, int D>(Type<T>, Dim<D>) {
+            tiles = {sm90::attn_bwd_dq_tiles<D>()[0], sm90::attn_bwd_dkdv_tiles<D>().back()};
+        })) {
+        return tiles;
     }
     with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) {
         tiles = {sm80::attn_bwd_dq_tiles<D>()[0], sm80::attn_bwd_dkdv_tiles<D>().back()};
@@ -209,11 +220,8 @@ std::vector<TileShape> attn_bwd_tiles(const BackwardParams& given) {
 TileShape attn_fwd_tile(const ForwardParams& given) {
     const ForwardParams params = completed(given);
     TileShape tile;
-    if constexpr (kHasHopper) {
-        if (on_hopper(params)) {
-            with_hopper_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { tile = sm90::attn_fwd_tiles<D>()[0]; });
-            return tile;
-        }
+    if (served_by_hopper(params, [&]<typename T, int D>(Type<T>, Dim<D>) { tile = sm90::attn_fwd_tiles<D>()[0]; })) {
+        return tile;
     }
     with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { tile = sm80::attn_fwd_tiles<D>()[0]; });
     return tile;
@@ -221,12 +229,8 @@ TileShape attn_fwd_tile(const ForwardParams& given) {
 
 void attn_fwd(const ForwardParams& given, void* stream) {
     const ForwardParams params = completed(given);
-    if constexpr (kHasHopper) {
-        if (on_hopper(params)) {
-            return with_dtype(params.shape, [&]<typename T>(Type<T>) {
-                with_hopper_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { sm90::attn_fwd<T, D>(params, stream); });
-            });
-        }
+    if (served_by_hopper(params, [&]<typename T, int D>(Type<T>, Dim<D>) { sm90::attn_fwd<T, D>(params, stream); })) {
+        return;
     }
     with_dtype(params.shape, [&]<typename T>(Type<T>) {
         with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { sm80::attn_fwd<T, D>(params, stream); });
@@ -235,13 +239,9 @@ void attn_fwd(const ForwardParams& given, void* stream) {
 
 void attn_bwd_dq(const BackwardParams& given, void* stream) {
     const BackwardParams params = completed(given);
-    if constexpr (kHasHopper) {
-        if (on_hopper(params)) {
-            return with_dtype(params.shape, [&]<typename T>(Type<T>) {
-                with_hopper_dim(
-                    params.shape.dim_padded, [&]<int D>(Dim<D>) { sm90::attn_bwd_dq<T, D>(params, stream); });
-            });
-        }
+    if (served_by_hopper(
+            params, [&]<typename T, int D>(Type<T>, Dim<D>) { sm90::attn_bwd_dq<T, D>(params, stream); })) {
+        return;
     }
     with_dtype(params.shape, [&]<typename T>(Type<T>) {
         with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { sm80::attn_bwd_dq<T, D>(params, stream); });
@@ -250,13 +250,9 @@ void attn_bwd_dq(const BackwardParams& given, void* stream) {
 
 void attn_bwd_dkdv(const BackwardParams& given, void* stream) {
     const BackwardParams params = completed(given);
-    if constexpr (kHasHopper) {
-        if (on_hopper(params)) {
-            return with_dtype(params.shape, [&]<typename T>(Type<T>) {
-                with_hopper_dim(
-                    params.shape.dim_padded, [&]<int D>(Dim<D>) { sm90::attn_bwd_dkdv<T, D>(params, stream); });
-            });
-        }
+    if (served_by_hopper(
+            params, [&]<typename T, int D>(Type<T>, Dim<D>) { sm90::attn_bwd_dkdv<T, D>(params, stream); })) {
+        return;
     }
     with_dtype(params.shape, [&]<typename T>(Type<T>) {
         with_dim(params.shape.dim_padded, [&]<int D>(Dim<D>) { sm80::attn_bwd_dkdv<T, D>(params, stream); });
@@ -270,13 +266,10 @@ void attn_bwd_delta(const BackwardParams& given, void* stream) {
 
 void attn_bwd_convert(const BackwardParams& given, void* stream) {
     const BackwardParams params = completed(given);
-    if constexpr (kHasHopper) {
-        if (on_hopper(params)) {  // as attn_bwd_dkdv was: it has laid dq_sum out
-            return with_dtype(params.shape, [&]<typename T>(Type<T>) {
-                with_hopper_dim(
-                    params.shape.dim_padded, [&]<int D>(Dim<D>) { sm90::attn_bwd_convert<T, D>(params, stream); });
-            });
-        }
+    // As attn_bwd_dkdv was: it has laid dq_sum out.
+    if (served_by_hopper(
+            params, [&]<typename T, int D>(Type<T>, Dim<D>) { sm90::attn_bwd_convert<T, D>(params, stream); })) {
+        return;
     }
     with_dtype(params.shape, [&]<typename T>(Type<T>) { sm80::attn_bwd_convert<T>(params, stream); });
 }
