@@ -19,8 +19,6 @@ __device__ __forceinline__ void warp_sync() { __syncwarp(); }
 __device__ __forceinline__ float shuffle_xor(float x, int lane_mask) {
     return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
-// What `lane`, the same one in all lanes, has as x.
-__device__ __forceinline__ uint32_t from_lane(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 // Bit l is lane l's vote.
 __device__ __forceinline__ uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
 

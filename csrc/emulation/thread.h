@@ -27,9 +27,6 @@ inline float shuffle_xor(float x, int lane_mask, emulation::Where where = emulat
     const int lane = emulation::current->lane ^ lane_mask;
     return std::bit_cast<float>(emulation::from_lane(std::bit_cast<uint32_t>(x), lane, where));
 }
-inline uint32_t from_lane(uint32_t x, int lane, emulation::Where where = emulation::Where::current()) {
-    return emulation::from_lane(x, lane, where);
-}
 inline uint32_t ballot(bool vote, emulation::Where where = emulation::Where::current()) {
     return emulation::ballot(vote, where);
 }
