@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import build
-from .flow import BULK_COPIES, Loop, loops
+from .flow import BULK_COPIES, BULK_REDUCTIONS, Loop, loops
 from .model import WARP, Work, blocks_per_sm, cost
 from .sass import Function
 
@@ -83,9 +83,9 @@ def read_function(
     reading.shared = work.shared
     reading.blocks = blocks_per_sm(function.registers, work.shared, work.block_warps or work.warps, arch)
     counts: dict[str, int] = {}
-    bulk = any(x.opcode in BULK_COPIES for x in function.code)
+    bulk, reduces = (any(x.opcode in which for x in function.code) for which in (BULK_COPIES, BULK_REDUCTIONS))
     for loop in tile_loops(found, work):
-        c = cost(loop, work, arch, bulk)
+        c = cost(loop, work, arch, bulk, reduces)
         kind = "masked" if c.masked else "full"
         counts[kind] = counts.get(kind, 0) + 1
         name = kind if counts[kind] == 1 else f"{kind} {counts[kind]}"
