@@ -299,14 +299,24 @@ def test_what_bulk_reductions_read_is_told_by_the_tile() -> None:
     def shared(text: str, reduced: int = 64 * 64 * 4) -> float:
         function = sass.Function("kernel", "sm_90a", 128, 0, 0, code(text))
         work = Work(64, 64, 4, (16,), reduced=reduced)
-        (loop,) = reading.read_function(function, work, "object", 90, "kernel", "", "").loops
-        return loop.shared
+        found = reading.read_function(function, work, "object", 90, "kernel", "", "").loops
+        return found[-1].shared
 
     alone = f"head: {A_PRODUCT}\n@P0 BRA head\nEXIT"
     inside = f"head: {A_PRODUCT}\n{adds}\n@P0 BRA head\nEXIT"
     beside = f"@P1 BRA other\n{alone}\nother: {adds}\n@P0 BRA other\nEXIT"
     assert shared(alone) == shared(inside, 0) == 64 * 16 * 2 / 128
     assert shared(inside) == shared(beside) == shared(alone) + 128
+    # Of two loops one of which adds, the other has nothing to add.
+    assert shared(f"{alone[:-4]}{inside.replace('head', 'next')}") == shared(inside)
+    assert shared(f"{inside[:-4]}{alone.replace('head', 'next')}") == shared(alone)
+
+
+def test_a_loop_that_leaves_a_product_out_repeats_nothing() -> None:
+    """As one does that has no dQ to make: its ceiling is not above the card's."""
+    (loop,) = loops(code(f"head: {A_PRODUCT}\n@P0 BRA head\nEXIT"))
+    whole, part = (cost(loop, Work(64, 64, 4, depths), 90) for depths in ((16,), (16, 16)))
+    assert whole.repeated == part.repeated == 1.0 and part.ceiling == whole.ceiling
 
 
 def test_wgmma_that_is_waited_for_hides_nothing() -> None:

@@ -172,7 +172,8 @@ def cost(loop: Loop, work: Work, arch: int, bulk: bool = True, reduces: bool = T
     if not any(x.opcode in PRODUCTS for x in path):  # float32 without tensor cores
         flops = sum(x.opcode == "FFMA" for x in path) * WARP * 2 * work.warps
     tiles = _tiles(path, work, flops)
-    repeated = flops / (work.flops * tiles) if work.flops and not described else 1.0
+    # A loop may leave a product out that another one of its kernel has: then its tile needs less.
+    repeated = max(1.0, flops / (work.flops * tiles)) if work.flops and not described else 1.0
     elements = work.rows * work.columns * tiles
     tensor: float | None = None
     if machine.tensor is not None:

@@ -19,6 +19,7 @@
 #include "../core/softmax.cuh"
 #include "column_copies.cuh"
 #include "launch.h"
+#include "left_operand.cuh"
 #include "maps.h"
 #include "warpgroup.h"
 #include "wgmma.h"
@@ -106,18 +107,9 @@ struct Consumer {
 
     // scores (64, kColumns) = Q K^T
     __device__ __forceinline__ void issue_scores(float (&scores)[kN][4]) const {
-        // Made anew for each tile: D / 16 of them are too many to keep.
-        const MatrixDescriptor rows = matrix_descriptor(recomputed(query()), 0, 1024);
-        const MatrixDescriptor keys = matrix_descriptor(memory.keys(ring.stage()), 0, 1024);
-        wgmma_fence(scores);
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k) {
-            const int box = k / 4, at = k % 4 * 32;
-            wgmma<T>(
-                scores, further(rows, box * Tile::kQueryBoxBytes + at), further(keys, box * Tile::kKeyBoxBytes + at),
-                k != 0);
-        }
-        wgmma_commit();
+        Kept<0> none;
+        issue_over_d<T, D, 0>(
+            scores, none, query(), Tile::kQueryBoxBytes, memory.keys(ring.stage()), Tile::kKeyBoxBytes);
     }
     // out (64, D) += P V of the stage
     __device__ __forceinline__ void issue_out(float (&out)[kDN][4], uint32_t (&weights)[kK][4], int stage) const {
