@@ -16,7 +16,9 @@ from hopper_faults import judge
 from attnfuse.testing import Case, SourceCase
 
 _BWD, _DQ, _SUM = (f"sm90/{name}.cuh" for name in ("attn_bwd", "attn_bwd_dq", "dq_sum"))
-_ROWS, _COPIES, _TILES, _LEFT = (f"sm90/{name}.cuh" for name in ("row_copies", "column_copies", "tiles", "left_operand"))
+_ROWS, _COPIES, _TILES, _LEFT, _STORE = (
+    f"sm90/{name}.cuh" for name in ("row_copies", "column_copies", "tiles", "left_operand", "store_rows")
+)
 
 FAULTS = [
     # early reads
@@ -79,7 +81,7 @@ FAULTS = [
     Fault("dO's rows 8 at a time", _BWD, "further(b, k * 2048), true", "further(b, k * 1024), true"),
     Fault("both groups add the same rows of dQ", _BWD, "D == 64 ? Tile::kQueryWidth * group : 0; }", "0; }"),
     Fault("dQ is added where the next tile's belongs", _BWD, "            add_query(dq);\n        } else if", "            told = after;\n            add_query(dq);\n        } else if"),
-    Fault("a gradient is not swizzled", _BWD, "((n % 8 ^ row % 8) * 16)", "(n % 8 * 16)"),
+    Fault("a gradient is not swizzled", _STORE, "((n % 8 ^ row % 8) * 16)", "(n % 8 * 16)"),
     # registers
     Fault("more registers are taken than were given", _ROWS, "kComputeRegisters = 240", "kComputeRegisters = 248"),
     # the stream of tiles
@@ -144,7 +146,7 @@ QUERY_FAULTS = [
     Fault("dQ overwrites a query that is read", _DQ, "        named_barrier_sync(kOwn + group, 128);  // no product of the warpgroup reads the query any more\n", ""),
     Fault("no proxy fence behind dQ", _DQ, "            proxy_fence();\n", ""),
     Fault("delta is kept where the source changes", _DQ, "((flags ^ before) & Told::kSource) != 0 || ", ""),
-    Fault("dead rows get out", _DQ, "return lives(r) ? x * p.shape.scale : 0.0f;", "return x * p.shape.scale;"),
+    Fault("dead rows get out", _DQ, "return lives(c / 2) ? dq[n][c] * p.shape.scale : 0.0f;", "return dq[n][c] * p.shape.scale;"),
     Fault("an item without a tile keeps its stage", _DQ, "                warp_sync();\n                release(memory.key_empty(ring.stage()));\n", ""),
 ]  # fmt: skip
 

@@ -16,8 +16,8 @@ from attnfuse import testing
 from attnfuse.backends import cuda
 from attnfuse.testing import Case, SourceCase
 
-_FWD, _COPIES, _RING, _TILES, _LEFT = (
-    f"sm90/{name}.cuh" for name in ("attn_fwd", "column_copies", "ring", "tiles", "left_operand")
+_FWD, _COPIES, _RING, _TILES, _LEFT, _STORE = (
+    f"sm90/{name}.cuh" for name in ("attn_fwd", "column_copies", "ring", "tiles", "left_operand", "store_rows")
 )
 
 FAULTS = [
@@ -100,7 +100,7 @@ FAULTS = [
           "        named_barrier_sync(kOwn + group, 128);  // no product of the warpgroup reads the query any more\n", ""),
     Fault("nobody waits for the store", _FWD, "            tma_wait_read();\n", ""),
     # layouts
-    Fault("the output is not swizzled", _FWD, "((n % 8 ^ row % 8) * 16)", "(n % 8 * 16)"),
+    Fault("the output is not swizzled", _STORE, "((n % 8 ^ row % 8) * 16)", "(n % 8 * 16)"),
     Fault("V's rows 8 at a time", _FWD, "further(values, k * 2048)", "further(values, k * 1024)"),
     Fault("K's columns 8 at a time", _LEFT, "at = k % 4 * 32;", "at = k % 4 * 16;"),
     Fault("K without its swizzle's stride", _LEFT, "matrix_descriptor(right, 0, 1024)", "matrix_descriptor(right, 0, 512)"),

@@ -50,6 +50,7 @@
 #include "maps.h"
 #include "ring.cuh"
 #include "row_copies.cuh"
+#include "store_rows.cuh"
 #include "warpgroup.h"
 #include "wgmma.h"
 
@@ -526,24 +527,12 @@ struct KeyConsumer {
     __device__ __forceinline__ void store(
         const float (&grad)[kDN][4], float scale, SharedAddress tile, const TensorMap& map,
         const OwnedKeys<Tile::kColumns>& mine) const {
-        const int row = warp_index() % 4 * 16 + lane_index() / 4;
         const SharedAddress own = tile + kOwnBytes * group;
-#pragma unroll
-        for (int n = 0; n < kDN; ++n) {
-            const SharedAddress to =
-                own + n / 8 * Tile::kKeyBoxBytes + row * 128 + ((n % 8 ^ row % 8) * 16) + lane_index() % 4 * 4;
-            store_shared_32(to, pack<T>(grad[n][0] * scale, grad[n][1] * scale));
-            store_shared_32(to + 8 * 128, pack<T>(grad[n][2] * scale, grad[n][3] * scale));
-        }
+        lay_down<T, kDN>(own, Tile::kKeyBoxBytes, [&](int n, int c) { return grad[n][c] * scale; });
         proxy_fence();
         named_barrier_sync(kOwn + group, 128);  // all of it is there
         if (warp_index() % 4 == 0 && lane_index() == 0) {
-#pragma unroll 1
-            for (int box = 0; box < Tile::kBoxes; ++box) {
-                tma_store(
-                    own + box * Tile::kKeyBoxBytes, map, 64 * box, mine.first + 64 * group, mine.key_head, mine.b);
-            }
-            tma_commit();
+            store_boxes<Tile::kBoxes>(own, Tile::kKeyBoxBytes, map, mine.first + 64 * group, mine.key_head, mine.b);
         }
     }
 

@@ -15,6 +15,7 @@
 #include "left_operand.cuh"
 #include "launch.h"
 #include "maps.h"
+#include "store_rows.cuh"
 #include "warpgroup.h"
 #include "wgmma.h"
 
@@ -225,23 +226,13 @@ struct QueryConsumer {
         const bool leads = warp_index() % 4 == 0 && lane_index() == 0;
         if (p.grad_query.data != nullptr) {
             const SharedAddress own = memory.query + group * Tile::kGroupBytes;
-            const int at = warp_index() % 4 * 16 + lane_index() / 4;
-            const auto scaled = [&](float x, int r) { return lives(r) ? x * p.shape.scale : 0.0f; };
-#pragma unroll
-            for (int n = 0; n < kDN; ++n) {
-                const SharedAddress to =
-                    own + n / 8 * Tile::kQueryBoxBytes + at * 128 + ((n % 8 ^ at % 8) * 16) + lane_index() % 4 * 4;
-                store_shared_32(to, pack<T>(scaled(dq[n][0], 0), scaled(dq[n][1], 0)));
-                store_shared_32(to + 8 * 128, pack<T>(scaled(dq[n][2], 1), scaled(dq[n][3], 1)));
-            }
+            lay_down<T, kDN>(own, Tile::kQueryBoxBytes, [&](int n, int c) {
+                return lives(c / 2) ? dq[n][c] * p.shape.scale : 0.0f;
+            });
             proxy_fence();
             named_barrier_sync(kOwn + group, 128);  // all of it is there
             if (leads) {
-#pragma unroll 1
-                for (int box = 0; box < Tile::kBoxes; ++box) {
-                    tma_store(own + box * Tile::kQueryBoxBytes, p.grad_query_map, 64 * box, first, h, b);
-                }
-                tma_commit();
+                store_boxes<Tile::kBoxes>(own, Tile::kQueryBoxBytes, p.grad_query_map, first, h, b);
                 tma_wait_read();
             }
         }

@@ -21,6 +21,7 @@
 #include "launch.h"
 #include "left_operand.cuh"
 #include "maps.h"
+#include "store_rows.cuh"
 #include "warpgroup.h"
 #include "wgmma.h"
 
@@ -237,22 +238,11 @@ struct Consumer {
     // `out` to its tensor, by way of where the rows of the query were.
     __device__ __forceinline__ void store(const float (&out)[kDN][4], int first, int h, int b) const {
         named_barrier_sync(kOwn + group, 128);  // no product of the warpgroup reads the query any more
-        const int row = warp_index() % 4 * 16 + lane_index() / 4;
-#pragma unroll
-        for (int n = 0; n < kDN; ++n) {
-            const SharedAddress to =
-                query() + n / 8 * Tile::kQueryBoxBytes + row * 128 + ((n % 8 ^ row % 8) * 16) + lane_index() % 4 * 4;
-            store_shared_32(to, pack<T>(out[n][0], out[n][1]));
-            store_shared_32(to + 8 * 128, pack<T>(out[n][2], out[n][3]));
-        }
+        lay_down<T, kDN>(query(), Tile::kQueryBoxBytes, [&](int n, int c) { return out[n][c]; });
         proxy_fence();
         named_barrier_sync(kOwn + group, 128);  // all of it is there
         if (warp_index() % 4 == 0 && lane_index() == 0) {
-#pragma unroll 1
-            for (int box = 0; box < Tile::kBoxes; ++box) {
-                tma_store(query() + box * Tile::kQueryBoxBytes, p.out_map, 64 * box, first, h, b);
-            }
-            tma_commit();
+            store_boxes<Tile::kBoxes>(query(), Tile::kQueryBoxBytes, p.out_map, first, h, b);
             tma_wait_read();
             mbarrier_arrive(memory.query_empty());
         }
