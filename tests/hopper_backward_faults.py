@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing.connection import Connection
 
 from faults import Fault
-from hopper_faults import judge
+from hopper_faults import trials_of
 
-from attnfuse.testing import Case, SourceCase
+from attnfuse.testing import Case, Result, SourceCase
 
 _BWD, _DQ, _COPIES, _TILES = (f"sm90/{name}.cuh" for name in ("attn_bwd", "attn_bwd_dq", "column_copies", "tiles"))
 
@@ -109,11 +109,11 @@ ROWS = Case(
 )  # fmt: skip
 
 
-def judge_backward(module: str, verdict: Connection) -> None:
-    judge(ROWS, True, module, verdict)
+def backward_trials() -> Iterator[tuple[str, Callable[[], list[Result]]]]:
+    return trials_of(ROWS, gradients=True)
 
 
-def judge_query(module: str, verdict: Connection) -> None:
+def query_trials() -> Iterator[tuple[str, Callable[[], list[Result]]]]:
     """With a bias, whose gradient the kernel that owns rows makes."""
     first, *others = ROWS.sources
-    judge(replace(ROWS, sources=(replace(first, bias=True), *others)), True, module, verdict)
+    return trials_of(replace(ROWS, sources=(replace(first, bias=True), *others)), gradients=True)
