@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import csrc_copy
 import torch
 from faults import Fault
 from planted_source import ENVIRONMENT, HEADER, HEADER_TEXT, plant
@@ -101,15 +102,7 @@ class _Copy:
         self.root = root.resolve()
         self.only = only
         self.csrc = self.root / "csrc"
-        self.texts = {
-            str(path.relative_to(build.CSRC)): path.read_text()
-            for path in build.CSRC.rglob("*")
-            if path.suffix in (".cu", ".cuh", ".cpp", ".h")
-        }
-        for name in self.texts:
-            if name.startswith("instances/"):
-                lines = self.texts[name].splitlines(keepends=True)
-                self.texts[name] = "".join(line for line in lines if "fp16" not in line)
+        self.texts = csrc_copy.texts()
         self.planted: dict[str, str] = {}
 
     def build_together(self, faults: dict[int, Fault]) -> tuple[Path, list[int]]:
@@ -150,11 +143,7 @@ class _Copy:
         return self._build(str(number), {**self.planted, fault.file: whole.replace(fault.old, fault.new)})
 
     def _build(self, name: str, changed: dict[str, str]) -> Path:
-        for file, text in {**self.texts, **changed}.items():
-            path = self.csrc / file
-            if not path.exists() or path.read_text() != text:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
+        csrc_copy.write(self.csrc, {**self.texts, **changed})
         built = build.build_emulation(self.root / "build", only=self.only, sources_dir=self.csrc, quiet=True)
         kept = self.root / "modules" / name / built.name
         kept.parent.mkdir(parents=True, exist_ok=True)
