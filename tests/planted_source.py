@@ -131,8 +131,10 @@ class _Source:
 
     def _is_constant(self, at: int) -> bool:
         """Whether the compiler must know what stands there: its statement says so, or the function around it."""
-        statement = re.split(r"[;{}]", self.code[:at])[-1] + re.split(r"[;{}]", self.code[at:])[0]
-        return any(map(_CONSTANT.search, [statement, *self._headers(self._line(at))]))
+        return any(map(_CONSTANT.search, [self._statement(at), *self._headers(self._line(at))]))
+
+    def _statement(self, at: int) -> str:
+        return re.split(r"[;{}]", self.code[:at])[-1] + re.split(r"[;{}]", self.code[at:])[0]
 
     # Statements
 
@@ -207,7 +209,7 @@ class _Source:
             if start == 0 or end == len(self.code) or self.code[start - 1] not in "([," or self.code[end] not in ")],":
                 return None
             start, end = start - 1, end + 1
-        if self._is_constant(start):
+        if self._is_constant(start) or "if constexpr" in self._statement(start):
             return None
         pieces = [f"planted_fault == {n} ? ({_closed(text)}) : " for n, text in texts.items()]
         text = f"({''.join(pieces)}({_closed(self.text[start:end])}))"
