@@ -17,7 +17,9 @@ from attnfuse import testing
 from attnfuse.backends import cuda
 from attnfuse.testing import Case, SourceCase
 
-_FWD, _COPIES, _RING, _TILES = (f"sm90/{name}.cuh" for name in ("attn_fwd", "column_copies", "ring", "tiles"))
+_FWD, _COPIES, _RING, _TILES, _LEFT, _STORE = (
+    f"sm90/{name}.cuh" for name in ("attn_fwd", "column_copies", "ring", "tiles", "left_operand", "store_rows")
+)
 
 FAULTS = [
     # early reads
@@ -78,7 +80,7 @@ FAULTS = [
     # products and their registers
     Fault("P V is used a group too early", _FWD, "        wgmma_wait<0>(out, weights);\n        release", "        wgmma_wait<1>(out, weights);\n        release"),
     Fault("the scores are used a group too early", _FWD, "wgmma_wait<1>(scores);", "wgmma_wait<2>(scores);"),
-    Fault("no fence before the scores' product", _FWD, "        wgmma_fence(scores);\n", ""),
+    Fault("no fence before the scores' product", _LEFT, "        wgmma_fence(acc);\n", ""),
     Fault("no fence before P V", _FWD, "        wgmma_fence(out, weights);\n", ""),
     Fault("the fence leaves out the weights", _FWD, "wgmma_fence(out, weights);", "wgmma_fence(out);"),
     Fault("the wait leaves out the output", _FWD, "        wgmma_wait<0>(out, weights);\n        release", "        wgmma_wait<0>(weights);\n        release"),
@@ -86,8 +88,7 @@ FAULTS = [
           "        weigh<FULL>(scores, softmax, outputs);\n        // Most", "        weigh<FULL>(scores, softmax, outputs);\n        pack_fragment<T>(weights, scores);\n        // Most"),
     Fault("the output is rescaled while P V adds to it", _FWD,
           "        weigh<FULL>(scores, softmax, outputs);\n        // Most", "        weigh<FULL>(scores, softmax, outputs);\n        out[0][0] *= shrink[0];\n        // Most"),
-    Fault("the products of a tile are not committed", _FWD,
-          "                k != 0);\n        }\n        wgmma_commit();", "                k != 0);\n        }"),
+    Fault("the products of a tile are not committed", _LEFT, "    wgmma_commit();\n", ""),
     # proxies
     Fault("no proxy fence behind cleared columns", _COPIES, "        proxy_fence();\n        warp_sync();", "        warp_sync();"),
     Fault("cleared columns are handed on by the first lane alone", _COPIES, "        proxy_fence();\n        warp_sync();", "        proxy_fence();"),
@@ -100,10 +101,10 @@ FAULTS = [
           "        named_barrier_sync(kOwn + group, 128);  // no product of the warpgroup reads the query any more\n", ""),
     Fault("nobody waits for the store", _FWD, "            tma_wait_read();\n", ""),
     # layouts
-    Fault("the output is not swizzled", _FWD, "((n % 8 ^ row % 8) * 16)", "(n % 8 * 16)"),
+    Fault("the output is not swizzled", _STORE, "((n % 8 ^ row % 8) * 16)", "(n % 8 * 16)"),
     Fault("V's rows 8 at a time", _FWD, "further(values, k * 2048)", "further(values, k * 1024)"),
-    Fault("K's columns 8 at a time", _FWD, "at = k % 4 * 32;", "at = k % 4 * 16;"),
-    Fault("K without its swizzle's stride", _FWD, "matrix_descriptor(memory.keys(ring.stage()), 0, 1024)", "matrix_descriptor(memory.keys(ring.stage()), 0, 512)"),
+    Fault("K's columns 8 at a time", _LEFT, "at = k % 4 * 32;", "at = k % 4 * 16;"),
+    Fault("K without its swizzle's stride", _LEFT, "matrix_descriptor(right, 0, 1024)", "matrix_descriptor(right, 0, 512)"),
     Fault("every warpgroup takes the first one's rows", _COPIES, "first + box / Tile::kBoxes * 64, h, b);", "first, h, b);"),
     # turns and registers
     Fault("the turn is not handed on", _FWD, "        give_turn();\n        wgmma_wait<1>", "        wgmma_wait<1>"),

@@ -13,7 +13,7 @@ import pytest
 from attnfuse import build
 from attnfuse.machine import cuda_code, sass
 from attnfuse.machine.flow import Flow, loops
-from attnfuse.machine.model import Work
+from attnfuse.machine.model import Work, cost
 from attnfuse.machine.published import flash_attention_3
 from attnfuse.machine.reading import LoopReading, Reading, tile_loops
 from attnfuse.machine.sass import Instruction
@@ -183,8 +183,9 @@ def test_the_ceiling_is_that_of_flashattention_3(kernels: list[Kernel]) -> None:
 
 
 def plain(reading: Reading) -> LoopReading:
-    """The step without softcap, which is the one with fewer instructions."""
-    return min(reading.loops, key=lambda loop: loop.instructions)
+    """Of the steps that make all that the kernel can make, the one without softcap: it has fewer instructions."""
+    most = max(loop.tensor or 0 for loop in reading.loops)
+    return min((loop for loop in reading.loops if loop.tensor == most), key=lambda loop: loop.instructions)
 
 
 def test_the_backward_is_there(backward: dict[str, Reading]) -> None:
@@ -197,12 +198,12 @@ def test_the_backward_touches_no_local_memory(backward: dict[str, Reading]) -> N
 
 
 def test_the_backwards_products_are_the_wide_ones(backward: dict[str, Reading]) -> None:
-    """S^T and dP^T, dV and dK, dQ^T: how many of each width."""
+    """S^T and dP^T, dV and dK, dQ^T or dQ: how many of each width."""
     wanted = {
-        "64, both": {"64x128x16": 2 * 4, "64x64x16": 2 * 8 + 8},
+        "64, both": {"64x64x16": 2 * 4 + 2 * 4, "64x32x16": 8},
         "128, both": {"64x80x16": 2 * 8 + 8, "64x128x16": 2 * 5},
         "256, value": {"64x64x16": 16, "64x256x16": 4},
-        "256, key": {"64x48x16": 2 * 16 + 2 * 8, "64x256x16": 3},
+        "256, key": {"64x64x16": 2 * 16, "64x128x16": 8, "64x256x16": 4},
     }
     for name, reading in backward.items():
         widths: Counter[str] = Counter()
@@ -212,14 +213,43 @@ def test_the_backwards_products_are_the_wide_ones(backward: dict[str, Reading]) 
         assert plain(reading).repeated == 1.0
 
 
+def test_left_operands_are_in_registers(folder: Path) -> None:
+    """At 64 those of every product: K, V, K^T, p and dS. Elsewhere p and dS, and of dV's launch at 256 half of K."""
+    for dim in (64, 128, 256):
+        for function in sass.functions(folder / "instances" / f"attn_bwd_d{dim}{build.HOPPER_SUFFIX}.o"):
+            if "dkdv_kernel<bf16" in function.name:
+                products = [x for x in function.code if x.opcode == "HGMMA"]
+                read = sum(x.operands.split(",")[1].strip().startswith("gdesc") for x in products)
+                rest = {"both": 0 if dim == 64 else 24 / 34, "value": 8 / 20, "key": 40 / 44}
+                assert read == len(products) * rest[function.name.split(", ")[2].rstrip(">")], function.name
+
+
 def test_the_backward_adds_dq_as_it_says(folder: Path) -> None:
-    """By bulk copies where shared memory has room to lay it down, else 16 bytes a thread."""
+    """By bulk copies out of shared memory, or 16 bytes a thread out of the registers."""
     for dim in (64, 128, 256):
         for function in sass.functions(folder / "instances" / f"attn_bwd_d{dim}{build.HOPPER_SUFFIX}.o"):
             if "dkdv" in function.name and "value" not in function.name:
                 bulk = sum(x.opcode == "UBLKRED" for x in function.code)
                 wide = sum(x.name.startswith("REDG") and "F32x4" in x.name for x in function.code)
-                assert (bulk > 0, wide > 0) == (dim != 256, dim == 256), function.name
+                assert (bulk > 0, wide > 0) == (dim == 64, dim != 64), function.name
+
+
+def test_what_bulk_additions_read_is_counted(folder: Path, readings: list[Reading]) -> None:
+    """4 bytes for each number of a tile of dQ, at 128 bytes a clock; of nothing where no bulk addition is."""
+    found = {r.kernel: r for r in readings}
+    for path in sorted((folder / "instances").glob(f"attn_bwd_d[0-9]*{build.HOPPER_SUFFIX}.o")):
+        for function in [f for f in sass.functions(path) if "dkdv" in f.name]:
+            dim, kernel = int(function.name.split(", ")[1]), found[function.name]
+            rows, columns, warps = map(int, re.findall(r"\d+", kernel.tile))
+            products = {"both": 5, "value": 2, "key": 4}[function.name.split(", ")[2].rstrip(">")]
+            work = Work(rows, columns, warps - 4, (dim,) * products, 2 * rows * dim * 2)
+            found_in = []
+            for loop, read in zip(tile_loops(loops(function.code), work), kernel.loops, strict=True):
+                bulk = any(x.opcode == "UBLKRED" for x in loop.path)
+                assert read.shared == cost(loop, work, 90).shared + bulk * rows * dim * 4 / 128, function.name
+                found_in.append(bulk)
+            # Two with softcap and two without: one of each makes dQ.
+            assert found_in.count(True) == (2 if dim == 64 else 0), function.name
 
 
 def test_the_exponentials_of_the_backward_are_hidden(backward: dict[str, Reading]) -> None:
@@ -231,13 +261,13 @@ def test_the_exponentials_of_the_backward_are_hidden(backward: dict[str, Reading
 
 def test_few_instructions_of_the_backward_a_score(backward: dict[str, Reading]) -> None:
     """Five are the softmax's own: FADD, FFMA, MUFU, FADD, FMUL, and a pair of halves of F2FP."""
-    most = {"64, both": 10.7, "128, both": 13.8, "256, value": 8.6, "256, key": 21.0}
+    most = {"64, both": 13.4, "128, both": 13.6, "256, value": 8.1, "256, key": 17.4}
     for name, reading in backward.items():
         assert 5.0 < plain(reading).per_element <= most[name], reading.kernel
 
 
-def test_the_backwards_ceilings_beside_flashattention_3s(backward: dict[str, Reading]) -> None:
-    """As docs/hopper.md tells them, losses included; at 256 two launches take six products for five."""
+def test_the_backwards_ceilings_are_those_of_flashattention_3(backward: dict[str, Reading]) -> None:
+    """Or above them, at every head dim; at 256 two launches take six products for five."""
 
     def ceiling(name: str) -> float:
         found = plain(backward[name]).ceiling
@@ -246,9 +276,8 @@ def test_the_backwards_ceilings_beside_flashattention_3s(backward: dict[str, Rea
 
     two_launches = 5 / (2 / ceiling("256, value") + 4 / ceiling("256, key"))
     ours = {64: ceiling("64, both"), 128: ceiling("128, both"), 256: two_launches}
-    least = {64: 0.84, 128: 0.99, 256: 0.91}
     for dim, found in ours.items():
-        assert found / flash_attention_3("bwd", dim).ceiling >= least[dim], dim
+        assert round(found) >= round(flash_attention_3("bwd", dim).ceiling), dim
 
 
 def test_the_kernel_over_rows(readings: list[Reading]) -> None:

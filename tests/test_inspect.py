@@ -141,6 +141,25 @@ def test_the_path_takes_every_product_and_copy_and_the_least_beside() -> None:
     assert len(loop.code) == 8
 
 
+def test_the_path_adds_what_the_tile_adds() -> None:
+    """Each part of dQ is asked whether the head dim has it: an ordinary tile has them all."""
+    adds = "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R4"
+    for name in (adds, adds.replace("REDG", "RED"), "UBLKRED.G.S.ADD.F32.RN [UR8], [UR4], UR6"):
+        text = f"""
+        head: HMMA.16816.F32 R4, R8, R12, R4
+            @P0 BRA second
+            {name}
+        second: @P1 BRA last
+            {name}
+        last: @P3 BRA next
+            STG.E.128 desc[UR4][R2.64], R4
+        next: @P2 BRA head
+            EXIT
+        """
+        (loop,) = loops(code(text))
+        assert [x.opcode for x in loop.path] == ["HMMA", "BRA", *[name.split(".")[0], "BRA"] * 2, "BRA"]
+
+
 def test_threads_that_parted_meet_where_bssy_says() -> None:
     text = """
     head: BSSY B0, meet
@@ -226,24 +245,78 @@ def test_never_executed_instructions_are_issued_and_nothing_else() -> None:
     assert cost(synthetic(469, "LDS.128 R4, [R1]"), FA3, 90).shared == plain.shared + 8 * 512 / 128
 
 
-def test_shared_memory_is_counted_whichever_way_it_goes() -> None:
-    """A product reads what is not in registers, transposed or not; a bulk copy does not say what it moves."""
+A_PRODUCT = "HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR16].tnspB, R24, gsb0"
+
+
+def moved(line: str) -> tuple[float, dict[str, int]]:
+    """Bytes that an instruction moves for four warps, beside those of a product, and the mix."""
     work = Work(64, 64, 4, (16,))
+    with_it, without = (loops(code(f"head: {A_PRODUCT}\n{x}@P0 BRA head\nEXIT"))[0] for x in (f"{line}\n", ""))
+    c = cost(with_it, work, 90)
+    return (c.shared - cost(without, work, 90).shared) * 128, dict(c.mix)
 
-    def moved(line: str) -> tuple[float, dict[str, int]]:
-        """Bytes of one iteration for the four warps, beside the product's, and the mix."""
-        product = "HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR16].tnspB, R24, gsb0"
-        with_it, without = (loops(code(f"head: {product}\n{x}@P0 BRA head\nEXIT"))[0] for x in (f"{line}\n", ""))
-        c = cost(with_it, work, 90)
-        return (c.shared - cost(without, work, 90).shared) * 128, dict(c.mix)
 
+def test_shared_memory_is_counted_whichever_way_it_goes() -> None:
+    """A product reads what is not in registers, transposed or not; what is bulk does not say what it moves."""
     assert moved("HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4].tnspA, R24, gsb0")[0] == 2 * 64 * 16 * 2
     assert moved("HGMMA.64x64x16.F32.BF16 R24, R56, gdesc[UR4].tnspB, R24, gsb0")[0] == 64 * 16 * 2
     bytes_stored, mix = moved("STSM.16.MT88.4 [R4], R8")
     assert bytes_stored == 4 * 512 and mix["shared"] == 1
-    for name in ("UBLKCP.S.G [UR4], [UR8], UR6", "UBLKRED.G.S.ADD.F32.RN [UR8], [UR4], UR6"):
-        assert moved(name)[0] == 0 and moved(name)[1]["copy"] == 1
-    assert moved("REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R4")[1]["copy"] == 1
+    for name in ("UBLKCP.S.G [UR4], [UR8], UR6", "UBLKRED.G.S.ADD.F32.RN [UR8], [UR4], UR6", "LDC.64 R4, c[0x0][R1]"):
+        assert moved(name)[0] == 0
+    assert moved("UBLKRED.G.S.ADD.F32.RN [UR8], [UR4], UR6")[1]["copy"] == 1
+
+
+# As cuobjdump of CUDA 13.0 prints them for sm_80, sm_90a, sm_100a and sm_120a: bytes of a thread.
+WIDTHS = {
+    "LDS": 4, "LDS.S16": 2, "LDS.U8": 1, "STS.64": 8, "LDS.128": 16, "ATOMS.ADD": 4, "ATOMS.CAST.SPIN.64": 8,
+    "LDG.E": 4, "LDG.E.EF": 4, "LDG.E.S8.STRONG.SYS": 1, "LDG.E.EL.LTC128B.128.CONSTANT": 16, "LDG.E.ENL2.256": 32,
+    "LDGSTS.E.BYPASS.LTC64B.128": 16, "LDGSTS.E.64": 8, "STG.E.NA.128": 16, "STG.E.U16": 2, "LD.E.64.STRONG.SYS": 8,
+    "ST.E.128": 16, "LDL.LU.64": 8, "STL": 4, "ATOM.E.ADD.STRONG.GPU": 4, "ATOMG.E.EXCH.128.STRONG.GPU": 16,
+    "ATOMG.E.MAX.S64.STRONG.GPU": 8, "RED.E.ADD.F32.FTZ.RN.STRONG.GPU": 4, "RED.E.ADD.F64.RN.STRONG.GPU": 8,
+    "RED.E.ADD.F16x2.RN.STRONG.GPU": 4, "REDG.E.ADD.F32x2.FTZ.RN.STRONG.GPU": 8,
+    "REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU": 16, "REDG.E.MAX.BF16x8.RN.STRONG.GPU": 16, "SHFL.BFLY": 4, "SHFL.IDX": 4,
+    "REDUX.MAX.S32": 0, "LDTM.x32": 0, "SYNCS.EXCH.64": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, width", WIDTHS.items())
+def test_what_goes_through_l1_is_counted_by_its_width(name: str, width: int) -> None:
+    assert moved(f"{name} R4, R8")[0] == 4 * 32 * width
+    assert moved(f"@!PT {name} R4, R8")[0] == 0
+
+
+@pytest.mark.parametrize("name, part", [("REDG.E.ADD.F32_V4.RN", "F32_V4"), ("LDG.E.128B", "128B"), ("LDS.X4", "X4")])
+def test_a_width_that_is_not_known_is_told(name: str, part: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} at 0x10 has a modifier that is not known: {part}"):
+        moved(f"{name} R4, R8")
+
+
+def test_what_bulk_reductions_read_is_told_by_the_tile() -> None:
+    """Where the kernel has any: in its loop, or in a warp beside those that multiply."""
+    adds = "UBLKRED.G.S.ADD.F32.RN [UR8], [UR4], UR6"
+
+    def shared(text: str, reduced: int = 64 * 64 * 4) -> float:
+        function = sass.Function("kernel", "sm_90a", 128, 0, 0, code(text))
+        work = Work(64, 64, 4, (16,), reduced=reduced)
+        found = reading.read_function(function, work, "object", 90, "kernel", "", "").loops
+        return found[-1].shared
+
+    alone = f"head: {A_PRODUCT}\n@P0 BRA head\nEXIT"
+    inside = f"head: {A_PRODUCT}\n{adds}\n@P0 BRA head\nEXIT"
+    beside = f"@P1 BRA other\n{alone}\nother: {adds}\n@P0 BRA other\nEXIT"
+    assert shared(alone) == shared(inside, 0) == 64 * 16 * 2 / 128
+    assert shared(inside) == shared(beside) == shared(alone) + 128
+    # Of two loops one of which adds, the other has nothing to add.
+    assert shared(f"{alone[:-4]}{inside.replace('head', 'next')}") == shared(inside)
+    assert shared(f"{inside[:-4]}{alone.replace('head', 'next')}") == shared(alone)
+
+
+def test_a_loop_that_leaves_a_product_out_repeats_nothing() -> None:
+    """As one does that has no dQ to make: its ceiling is not above the card's."""
+    (loop,) = loops(code(f"head: {A_PRODUCT}\n@P0 BRA head\nEXIT"))
+    whole, part = (cost(loop, Work(64, 64, 4, depths), 90) for depths in ((16,), (16, 16)))
+    assert whole.repeated == part.repeated == 1.0 and part.ceiling == whole.ceiling
 
 
 def test_wgmma_that_is_waited_for_hides_nothing() -> None:
@@ -498,6 +571,26 @@ open(sys.argv[1], "wb").write(kernel.warmup(*arguments, grid=(1,), **constants).
     if "triton " + __import__("triton").__version__ in kept.toolchain:
         assert f"{full['per_element']:.2f}" == kept.per_element
         assert f"{full['shared']:.0f}" == kept.shared and full["binding"] == kept.binding
+
+
+def test_what_a_tile_copies_and_adds_is_taken_at_its_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"""
+    head: {A_PRODUCT}
+        UBLKCP.S.G [UR4], [UR8], UR6
+        UBLKRED.G.S.ADD.F32.RN [UR8], [UR4], UR6
+        @P0 BRA head
+        EXIT
+    """
+    monkeypatch.setattr(sass, "functions", lambda path: [sass.Function("kernel", "sm_90a", 128, 0, 0, code(text))])
+    given = ["inspect", "--json", "--object", str(tmp_path), "--tile", "64x64", "--warps", "4", "--depths", "16"]
+
+    def shared(*arguments: str) -> Any:
+        assert main([*given, *arguments]) == 0
+        return json.loads(capsys.readouterr().out)[0]["loops"][0]["shared"]
+
+    assert shared("--copied", "1280", "--reduced", "2560") == shared() + 30 == 46
 
 
 def test_what_an_object_needs_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

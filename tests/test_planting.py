@@ -96,7 +96,7 @@ ALONE = {
 NUMBERED = {n: Fault(name, "p.cpp", old, new) for n, (name, (old, new)) in enumerate((CHOSEN | ALONE).items(), 1)}
 EVERY_FAULT = [
     *FAULTS, *few_faults.FAULTS, *hopper_faults.FAULTS, *hopper_backward_faults.FAULTS,
-    *hopper_backward_faults.QUERY_FAULTS,
+    *hopper_backward_faults.MIDDLE_FAULTS, *hopper_backward_faults.WIDE_FAULTS, *hopper_backward_faults.QUERY_FAULTS,
 ]  # fmt: skip
 
 needs_compiler = pytest.mark.skipif(build.why_no_emulation() is not None, reason=str(build.why_no_emulation()))

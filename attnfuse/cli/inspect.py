@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[], help="of --object: the inner size of each product "
                         "of a tile, such as 128 128")  # fmt: skip
     parser.add_argument("--copied", type=int, default=0, help="of --object: bytes that bulk copies bring for a tile")
+    parser.add_argument("--reduced", type=int, default=0, help="of --object: bytes that bulk reductions read of a tile")
     parser.add_argument("--shared", type=int, default=0, help="of --object: bytes of dynamic shared memory")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
 
@@ -111,8 +112,9 @@ def _read_object(args: argparse.Namespace) -> list[Reading]:
     if not args.object.exists():
         raise ValueError(f"--object must name an object or a cubin, {args.object} is not there")
     work = Work(
-        int(sizes[0]), int(sizes[1]), args.warps, tuple(args.depths), args.copied, args.shared, args.block_warps
-    )
+        int(sizes[0]), int(sizes[1]), args.warps, tuple(args.depths), args.copied, args.shared, args.block_warps,
+        args.reduced,
+    )  # fmt: skip
     found = []
     for function in functions(args.object):
         arch = int(function.arch.removeprefix("sm_").rstrip("af"))

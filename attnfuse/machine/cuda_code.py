@@ -175,7 +175,9 @@ def _read(function: Function, folder: Path, arch: int, made_by: str) -> Reading:
     if base.startswith("sm90::"):
         # Copies are tensor copies, of K and V or of Q and dO, by warps that do nothing else.
         copied = 2 * (shape.rows if "_dkdv" in base else shape.columns) * dim * 2
-        work = replace(work, warps=work.warps - _COPYING, block_warps=work.warps, copied=copied)
+        # What bulk reductions, where the kernel has them, add to dQ.
+        reduced = shape.rows * dim * 4 if "_dkdv" in base else 0
+        work = replace(work, warps=work.warps - _COPYING, block_warps=work.warps, copied=copied, reduced=reduced)
     elif base in ("attn_fwd_split", "attn_bwd_few"):
         # Several warps may compute the same scores: tiles are counted by what is copied, K and V.
         work = replace(work, copied=2 * shape.columns * dim * 2)

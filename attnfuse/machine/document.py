@@ -33,16 +33,18 @@ def ceilings(lines: Sequence[Line]) -> str:
         "",
         "    ceiling = peak * tensor / repeated / max(tensor, ex2, fp32, issue, shared)          clocks of one SM",
         "",
-        _paragraph("""
+        _paragraph(f"""
             A ceiling is what the loop would reach if its busiest unit never waited. Latency, barriers, the loop's ends
-            and masked tiles come on top: the published kernels of the last table whose times are known reach 0.62 to
-            0.76 of theirs. So a ceiling is what a kernel cannot exceed, and it tells two kernels apart only where
-            theirs differ by much.
+            and masked tiles come on top: what the last table's kernels reached, where their authors tell it of the same
+            tile, is {" and ".join(f"{p.reached / p.ceiling:.2f}" for p in PUBLISHED if p.reached)} of their ceiling.
+            So a ceiling is what a kernel cannot exceed, and it tells two kernels apart only where theirs differ by
+            much.
         """),
         "",
         _paragraph(f"""
-            Units, per SM and clock: {ISSUE} warp instructions, {EX2} exponentials, {BANKS} bytes of shared memory
-            (bank conflicts not seen), and
+            Units, per SM and clock: {ISSUE} warp instructions, {EX2} exponentials, {BANKS} bytes of the data path that
+            L1 and shared memory have in common (loads, stores and atomics, shuffles, operands of wgmma, what bulk
+            copies write and bulk reductions read; bank conflicts not seen), and
         """),
         "",
         *_markdown(
@@ -78,7 +80,8 @@ def ceilings(lines: Sequence[Line]) -> str:
         "",
         _paragraph("""
             Those marked * were compiled from their sources and read by the same model; attnfuse/machine/published.py
-            says of which commit and how. The other lines are others' figures. Nothing was measured here.
+            says of which commit and how. The other lines are others' figures, whose shared memory is of products and
+            copies alone. Nothing was measured here.
         """),
         "",
         *_markdown(

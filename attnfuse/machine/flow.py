@@ -19,10 +19,12 @@ from functools import cached_property
 
 from .sass import Instruction
 
-# Instructions that multiply tiles, and those that bring one into shared memory.
+# Instructions that multiply tiles, that bring one into shared memory, and that add one to global memory.
 PRODUCTS = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "IMMA", "DMMA", "QGMMA")
 BULK_COPIES = ("UTMALDG", "UBLKCP")
 COPIES = ("LDGSTS", *BULK_COPIES)
+BULK_REDUCTIONS = ("UBLKRED", "UTMAREDG")
+REDUCTIONS = ("RED", "REDG", *BULK_REDUCTIONS)
 LOCAL = ("LDL", "STL")
 _TARGET = re.compile(r"0x([0-9a-f]+)")
 _BARRIER = re.compile(r"\bB\d+\b")
@@ -194,10 +196,11 @@ class Flow:
     def _least_path(
         self, header: int, body: set[int], latches: list[int], back: set[tuple[int, int]]
     ) -> list[Instruction]:
-        """One iteration that does all of a tile's products and copies and as little beside them as the code allows.
+        """One iteration that does a tile's products, copies and reductions and as little beside as the code allows.
 
         That is the iteration of an ordinary tile: masks, softcap, unaligned rows and rescaling, where they are
-        branched around, are not on it. Loops inside are passed once.
+        branched around, are not on it; what is added of dQ is, although a branch asks for each part whether the head
+        dim has it. Loops inside are passed once.
         """
         tensor = any(x.opcode in PRODUCTS for b in body for x in self.blocks[b])
         products = PRODUCTS if tensor else ("FFMA",)  # float32 tiles are multiplied without tensor cores
@@ -208,7 +211,8 @@ class Flow:
             ways = [(best[p][0], p) for p in self.previous[b] if p in best and (p, b) not in back]
             before, way = max(ways, default=((0, 0, 0), None)) if b != header else ((0, 0, 0), None)
             block = self.blocks[b]
-            gain = (sum(x.opcode in products for x in block), sum(x.opcode in COPIES for x in block), -len(block))
+            moved = sum(x.opcode in COPIES or x.opcode in REDUCTIONS for x in block)
+            gain = (sum(x.opcode in products for x in block), moved, -len(block))
             best[b] = (before[0] + gain[0], before[1] + gain[1], before[2] + gain[2]), way
         end: int | None = max(latches, key=lambda b: best[b][0])
         path: list[int] = []

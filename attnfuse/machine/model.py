@@ -6,17 +6,30 @@ perfectly, the busiest would set the pace and the tensor cores would run
     predicted ceiling = peak * needed / max(tensor, ex2, fp32, issue, shared)
 
 with `needed` the clocks of the products a tile needs: `tensor` is more where a head dim is padded, or where several
-warps compute the same. Latency, barriers and whatever does not overlap come on top: the published kernels of
-`published.py` reach 0.62 to 0.76 of theirs. Clocks per SM:
+warps compute the same. Latency, barriers and whatever does not overlap come on top: `published.py` has a kernel whose
+authors timed it, beside its ceiling. Clocks per SM:
 
     issue    4 warp instructions a clock, every instruction of the iteration counted
     ex2      the MUFU unit: 16 results a clock (CUDA C++ Programming Guide, arithmetic throughput)
     fp32     fused multiply-adds, additions and multiplications: 64 results a clock on 8.0, else 128 (the same)
-    shared   128 bytes a clock (the same), bank conflicts not seen; wgmma reads its operands from there: A 64 x 16
-             unless it is in registers, B N x 16; a copy from global memory writes there
+    shared   what passes the data path of L1 and shared memory, which are one: 128 bytes a clock (the same)
     tensor   bf16 with float32 sums: 2048 FLOP a clock on A100 (312 TFLOP/s), 4096 on H100 (989 TFLOP/s), 8192 on B200
              (2250 TFLOP/s), from the data sheets. mma.sync on 9.0 is counted at the same 4096: it is known to reach
              less than wgmma, how much less is not documented. 12.0 differs from card to card: unknown
+
+The bytes of `shared`:
+
+    loads, stores, atomics   of shared, global and local memory: 32 lanes x the width of the instruction, which the LSU
+                             pipeline hands to L1 (Nsight Compute documentation, pipelines); ldmatrix and stmatrix
+                             128 a matrix
+    shuffles                 of the same pipeline: 32 results a clock (CUDA C++ Programming Guide), so 32 x 4
+    wgmma                    its operands: A 64 x 16 unless it is in registers, B N x 16
+    copies                   what they write to shared memory: LDGSTS by its width; what a bulk or tensor copy brings,
+                             its instruction does not say: `Work.copied`
+    bulk reductions          (cp.reduce.async.bulk) what they read there, which they do not say either: `Work.reduced`
+
+Known to be coarse: bank conflicts are not seen, lanes that load from one address are counted like any others, and so
+are those a predicate leaves out. Barriers in shared memory are not counted, nor are bulk stores: no tile loop has any.
 """
 
 from __future__ import annotations
@@ -75,7 +88,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "integer": ("IADD", "IMAD", "LEA", "SHF", "VIADD", "IABS", "VIMNMX", "IMNMX", "PRMT", "MOV", "CS2R", "S2R", "I"),
     "barrier": ("BAR", "SYNC", "WARPGROUP", "WARPSYNC", "MEMBAR", "FENCE", "DEPBAR", "ARRIVES", "NANOSLEEP"),
 }
-_WIDTH = {"": 4, "U8": 1, "U16": 2, "S8": 1, "S16": 2, "64": 8, "128": 16}
+# What moves 32 lanes x width. The width is told by a modifier such as U8, 64, S64, F32x4 or BF16x2, or it is 4 bytes.
+WIDE = ("LDS", "STS", "ATOMS", "LDG", "STG", "LDGSTS", "LD", "ST", "LDL", "STL", "ATOM", "ATOMG", "RED", "REDG")
+_WIDTH = re.compile(r"(?:[USBF]|BF)?(\d+)(?:x(\d+))?")
+# Other modifiers with a digit: what L2 fetches beside, and how long it keeps it.
+_NO_WIDTH = ("LTC64B", "LTC128B", "LTC256B", "ENL2")
 _SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
 
 
@@ -90,6 +107,7 @@ class Work:
     copied: int = 0  # bytes of a tile that come to shared memory; a bulk copy (TMA) does not say it
     shared: int = 0  # dynamic shared memory of the block, bytes
     block_warps: int | None = None  # of the whole block, where only some run the loop
+    reduced: int = 0  # bytes of a tile that bulk reductions read from shared memory, which they do not say either
 
     @property
     def flops(self) -> int:
@@ -140,10 +158,12 @@ class Cost:
         return self.clocks[unit] / self.tensor if self.tensor else None
 
 
-def cost(loop: Loop, work: Work, arch: int, bulk: bool = True) -> Cost:
+def cost(loop: Loop, work: Work, arch: int, bulk: bool = True, reduces: bool = True) -> Cost:
     """What one iteration of `loop` costs an SM of `arch` (80, 90, 100, 120).
 
     bulk: the kernel has bulk copies, which then bring the tile if the loop does not do it by other means.
+    reduces: the kernel has bulk reductions, in the loop or in a warp beside it.
+    Raises ValueError for an instruction whose width or shape cannot be told.
     """
     machine = MACHINES[arch]
     path = [x for x in loop.path if x.guard != "@!PT"]  # never executed, but issued
@@ -152,7 +172,8 @@ def cost(loop: Loop, work: Work, arch: int, bulk: bool = True) -> Cost:
     if not any(x.opcode in PRODUCTS for x in path):  # float32 without tensor cores
         flops = sum(x.opcode == "FFMA" for x in path) * WARP * 2 * work.warps
     tiles = _tiles(path, work, flops)
-    repeated = flops / (work.flops * tiles) if work.flops and not described else 1.0
+    # A loop may leave a product out that another one of its kernel has: then its tile needs less.
+    repeated = max(1.0, flops / (work.flops * tiles)) if work.flops and not described else 1.0
     elements = work.rows * work.columns * tiles
     tensor: float | None = None
     if machine.tensor is not None:
@@ -164,6 +185,8 @@ def cost(loop: Loop, work: Work, arch: int, bulk: bool = True) -> Cost:
     shared = sum(_shared_bytes(x) for x in path) * work.warps
     if work.copied and bulk and not any(x.opcode == "LDGSTS" for x in path):
         shared += work.copied * tiles
+    if reduces:
+        shared += work.reduced * tiles
     mufu = sum(x.opcode == "MUFU" for x in path) * WARP * work.warps
     fp32 = sum(_fp32(x) for x in path) * WARP * work.warps
     infinite = sum(x.opcode in ("FSEL", "SEL") and "-INF" in x.operands for x in path) * WARP * work.warps
@@ -222,8 +245,7 @@ def _flops(x: Instruction) -> float:
 
 
 def _shared_bytes(x: Instruction) -> float:
-    """Bytes of shared memory a warp's instruction moves; 0 for a bulk copy, which does not say."""
-    parts = x.name.split(".")
+    """Bytes a warp's instruction moves through L1 and shared memory; 0 for what is bulk, which does not say."""
     if x.opcode == "HGMMA":
         shape = _SHAPE.search(x.name)
         assert shape is not None
@@ -232,11 +254,23 @@ def _shared_bytes(x: Instruction) -> float:
         in_registers = first.startswith("R") and "gdesc" not in first
         return ((0 if in_registers else 2 * m * k) + 2 * n * k) / 4
     if x.opcode in ("LDSM", "STSM"):
-        return 128.0 * int(parts[-1] if parts[-1] in ("2", "4") else 1)
-    if x.opcode in ("LDS", "STS", "LDGSTS"):
-        width = next((_WIDTH[p] for p in reversed(parts) if p in _WIDTH), 4)
-        return float(WARP * width)
-    return 0.0
+        matrices = x.name.rsplit(".", 1)[-1]
+        return 128.0 * int(matrices if matrices in ("2", "4") else 1)
+    if x.opcode in WIDE:
+        return float(WARP * _width(x))
+    return 4.0 * WARP if x.opcode == "SHFL" else 0.0
+
+
+def _width(x: Instruction) -> int:
+    """Bytes of a thread that a load, a store or an atomic moves."""
+    width = 4
+    for part in x.name.split(".")[1:]:
+        match = _WIDTH.fullmatch(part)
+        if match is not None:
+            width = int(match[1]) * int(match[2] or 1) // 8
+        elif any(c.isdigit() for c in part) and part not in _NO_WIDTH:
+            raise ValueError(f"{x.name} at {x.address:#x} has a modifier that is not known: {part}")
+    return width
 
 
 def _fp32(x: Instruction) -> int:

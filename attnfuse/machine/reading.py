@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import build
-from .flow import BULK_COPIES, Loop, loops
+from .flow import BULK_COPIES, BULK_REDUCTIONS, Loop, loops
 from .model import WARP, Work, blocks_per_sm, cost
 from .sass import Function
 
@@ -83,9 +83,12 @@ def read_function(
     reading.shared = work.shared
     reading.blocks = blocks_per_sm(function.registers, work.shared, work.block_warps or work.warps, arch)
     counts: dict[str, int] = {}
-    bulk = any(x.opcode in BULK_COPIES for x in function.code)
-    for loop in tile_loops(found, work):
-        c = cost(loop, work, arch, bulk)
+    tiled = tile_loops(found, work)
+    bulk, reduces = (any(x.opcode in which for x in function.code) for which in (BULK_COPIES, BULK_REDUCTIONS))
+    # Of loops some of which reduce, the others have nothing to; where none does, a warp that does not multiply may.
+    own = [any(x.opcode in BULK_REDUCTIONS for x in loop.path) for loop in tiled]
+    for n, loop in enumerate(tiled):
+        c = cost(loop, work, arch, bulk, own[n] if any(own) else reduces)
         kind = "masked" if c.masked else "full"
         counts[kind] = counts.get(kind, 0) + 1
         name = kind if counts[kind] == 1 else f"{kind} {counts[kind]}"

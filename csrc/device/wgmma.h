@@ -49,6 +49,16 @@ __device__ __forceinline__ void pin(uint32_t (&x)[N][4]) {
     }
 }
 
+// These registers hold nothing of use any more, and may hold anything: the first product to them does not add. Else
+// what they held would have to live until then. No instruction.
+template <int N>
+__device__ __forceinline__ void forget(float (&x)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        asm volatile("" : "=f"(x[n][0]), "=f"(x[n][1]), "=f"(x[n][2]), "=f"(x[n][3]));
+    }
+}
+
 // What was done to these registers before is done before products issued from here on use them.
 template <typename... Registers>
 __device__ __forceinline__ void wgmma_fence(Registers&... registers) {
@@ -65,8 +75,10 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
 }
 
 // One instruction for each N. What differs: the list of d's registers, and the numbers of the operands behind them.
-#define WGMMA_LIST_24                                                        \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define WGMMA_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_LIST_24 \
+    WGMMA_LIST_16     \
+    ", "              \
     "%16, %17, %18, %19, %20, %21, %22, %23"
 #define WGMMA_LIST_32 \
     WGMMA_LIST_24     \
@@ -98,7 +110,8 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
 #define WGMMA_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define WGMMA_D_2(n) WGMMA_D(n), WGMMA_D(n + 1)
 #define WGMMA_D_8(n) WGMMA_D_2(n), WGMMA_D_2(n + 2), WGMMA_D_2(n + 4), WGMMA_D_2(n + 6)
-#define WGMMA_D_24 WGMMA_D_2(0), WGMMA_D_2(2), WGMMA_D_2(4)
+#define WGMMA_D_16 WGMMA_D_2(0), WGMMA_D_2(2)
+#define WGMMA_D_24 WGMMA_D_16, WGMMA_D_2(4)
 #define WGMMA_D_32 WGMMA_D_24, WGMMA_D_2(6)
 #define WGMMA_D_40 WGMMA_D_32, WGMMA_D_2(8)
 #define WGMMA_D_48 WGMMA_D_40, WGMMA_D_2(10)
@@ -112,9 +125,9 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
                  : WGMMA_D_##REGISTERS                                                                         \
                  : __VA_ARGS__, "r"(static_cast<int>(accumulate)))
 
-// wgmma: d (+)= A B^T, both in shared memory with rows along K. wgmma_transposed: d (+)= A B, A in registers (they
-// belong to the product like d), B in shared memory with rows along N. wgmma_left_transposed: d (+)= A^T B^T, both in
-// shared memory, A with rows along M and B with rows along K.
+// wgmma: d (+)= A B^T with rows along K. wgmma_transposed: d (+)= A B, B with rows along N. Of both A is in shared
+// memory, rows along K, or in registers, which belong to the product like d. wgmma_left_transposed: d (+)= A^T B^T, A
+// with rows along M and B with rows along K. B is always in shared memory.
 #define WGMMA_DECLARE(N, REGISTERS, I0, I1, I2, I3, I4, I5)                                                       \
     template <typename T>                                                                                         \
     __device__ __forceinline__ void wgmma(                                                                        \
@@ -126,12 +139,34 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
         }                                                                                                         \
     }                                                                                                             \
     template <typename T>                                                                                         \
+    __device__ __forceinline__ void wgmma_transposed(                                                             \
+        float (&d)[N / 8][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {                          \
+        if constexpr (std::is_same_v<T, bf16>) {                                                                  \
+            WGMMA_PRODUCT(N, "bf16.bf16", REGISTERS, I0, I1, I2, "0, 1", "l"(a), "l"(b));                         \
+        } else {                                                                                                  \
+            WGMMA_PRODUCT(N, "f16.f16", REGISTERS, I0, I1, I2, "0, 1", "l"(a), "l"(b));                           \
+        }                                                                                                         \
+    }                                                                                                             \
+    template <typename T>                                                                                         \
     __device__ __forceinline__ void wgmma_left_transposed(                                                        \
         float (&d)[N / 8][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate) {                          \
         if constexpr (std::is_same_v<T, bf16>) {                                                                  \
             WGMMA_PRODUCT(N, "bf16.bf16", REGISTERS, I0, I1, I2, "1, 0", "l"(a), "l"(b));                         \
         } else {                                                                                                  \
             WGMMA_PRODUCT(N, "f16.f16", REGISTERS, I0, I1, I2, "1, 0", "l"(a), "l"(b));                           \
+        }                                                                                                         \
+    }                                                                                                             \
+    template <typename T>                                                                                         \
+    __device__ __forceinline__ void wgmma(                                                                        \
+        float (&d)[N / 8][4], uint32_t (&a)[4], MatrixDescriptor b, bool accumulate) {                            \
+        if constexpr (std::is_same_v<T, bf16>) {                                                                  \
+            WGMMA_PRODUCT(                                                                                        \
+                N, "bf16.bf16", REGISTERS, "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, "0", "r"(a[0]), "r"(a[1]), \
+                "r"(a[2]), "r"(a[3]), "l"(b));                                                                    \
+        } else {                                                                                                  \
+            WGMMA_PRODUCT(                                                                                        \
+                N, "f16.f16", REGISTERS, "{" I0 ", " I1 ", " I2 ", " I3 "}", I4, I5, "0", "r"(a[0]), "r"(a[1]),   \
+                "r"(a[2]), "r"(a[3]), "l"(b));                                                                    \
         }                                                                                                         \
     }                                                                                                             \
     template <typename T>                                                                                         \
@@ -147,6 +182,7 @@ __device__ __forceinline__ void wgmma_wait(Registers&... registers) {
                 "r"(a[2]), "r"(a[3]), "l"(b));                                                                    \
         }                                                                                                         \
     }
+WGMMA_DECLARE(32, 16, "%16", "%17", "%18", "%19", "%20", "%21")
 WGMMA_DECLARE(48, 24, "%24", "%25", "%26", "%27", "%28", "%29")
 WGMMA_DECLARE(64, 32, "%32", "%33", "%34", "%35", "%36", "%37")
 WGMMA_DECLARE(80, 40, "%40", "%41", "%42", "%43", "%44", "%45")
@@ -164,6 +200,7 @@ WGMMA_DECLARE(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef WGMMA_D_40
 #undef WGMMA_D_32
 #undef WGMMA_D_24
+#undef WGMMA_D_16
 #undef WGMMA_D_8
 #undef WGMMA_D_2
 #undef WGMMA_D
@@ -174,5 +211,6 @@ WGMMA_DECLARE(256, 128, "%128", "%129", "%130", "%131", "%132", "%133")
 #undef WGMMA_LIST_40
 #undef WGMMA_LIST_32
 #undef WGMMA_LIST_24
+#undef WGMMA_LIST_16
 
 }  // namespace attnfuse

@@ -83,12 +83,14 @@ struct Products {
 
 constexpr int kDepth = 64;
 
-// Which of the three, and how its operands lie: A (64, 64) with rows along K, in registers, or with rows along M, its
-// atoms 2048 bytes apart; B of N columns with rows along K, or along N in boxes of 64 columns.
-enum Form { kPlain, kTransposed, kLeftTransposed };
+// Which of the five, and how its operands lie: A (64, 64) with rows along K (kPlain, kTransposed), in registers
+// (kRegisters, kRegistersTransposed), or with rows along M, its atoms 2048 bytes apart; B of N columns with rows along
+// K, or, of the two transposed, along N in boxes of 64 columns.
+enum Form { kPlain, kRegisters, kTransposed, kRegistersTransposed, kLeftTransposed };
+constexpr bool b_along_n(Form form) { return form == kTransposed || form == kRegistersTransposed; }
 constexpr int a_bytes(Form form) { return form == kLeftTransposed ? 8 * 2048 : 8192; }
-constexpr int b_boxes(Form form, int columns) { return form == kTransposed ? (columns + 63) / 64 : 1; }
-constexpr int b_bytes(Form form, int columns) { return form == kTransposed ? b_boxes(form, columns) * 8192 : columns * 128; }
+constexpr int b_boxes(Form form, int columns) { return b_along_n(form) ? (columns + 63) / 64 : 1; }
+constexpr int b_bytes(Form form, int columns) { return b_along_n(form) ? b_boxes(form, columns) * 8192 : columns * 128; }
 
 // out (64, N) = A (64, 64) B in four products, two groups of two. One warp of the first warpgroup copies, the second
 // warpgroup multiplies.
@@ -132,11 +134,15 @@ void kernel_products(Products p) {
         const int other = p.fault == kOtherProduct && warp == 1 ? 3 - k : k;
         const uint64_t plain = p.fault == kNoSwizzle ? uint64_t{1} << 62 : 0;
         const bool accumulate = k != 0;
-        if constexpr (kForm == kTransposed) {
+        if constexpr (kForm == kRegistersTransposed) {
             wgmma_transposed<T>(d, left[k], matrix_descriptor(b + 2048 * other + (p.fault == kWrongAtoms ? 32 : 0), 8192, 1024) ^ plain, accumulate);
         } else if constexpr (kForm == kLeftTransposed) {
             const MatrixDescriptor left_k = matrix_descriptor(a + 4096 * other + (p.fault == kWrongAtoms ? 32 : 0), 0, p.fault == kWrongStride ? 128 : p.fault == kFarStride ? 0x3f000 : 2048);
             if (p.fault == kOtherForm && warp == 1) { wgmma<T>(d, left_k, matrix_descriptor(b + 32 * k, 0, 1024), accumulate); } else { wgmma_left_transposed<T>(d, left_k, matrix_descriptor(b + 32 * k, 0, 1024) ^ plain, accumulate); }
+        } else if constexpr (kForm == kTransposed) {
+            wgmma_transposed<T>(d, matrix_descriptor(a + 32 * other, 0, 1024), matrix_descriptor(b + 2048 * other + (p.fault == kWrongAtoms ? 32 : 0), 8192, 1024) ^ plain, accumulate);
+        } else if constexpr (kForm == kRegisters) {
+            wgmma<T>(d, left[k], matrix_descriptor(b + 32 * other, 0, 1024) ^ plain, accumulate);
         } else {
             wgmma<T>(d, matrix_descriptor(a + 32 * other, 0, 1024), matrix_descriptor(b + 32 * other, 0, 1024) ^ plain, accumulate);
         }
@@ -162,8 +168,8 @@ template <typename T, int N, Form kForm>
 void multiply(Fault fault, float* out) {
     static Matrix<T> a(64, 64, kForm == kLeftTransposed ? 8 : 64,
                        kForm == kLeftTransposed ? [](int k, int row) { return a_number(row, k); } : a_number);
-    static Matrix<T> b(kForm == kTransposed ? kDepth : N, kForm == kTransposed ? N : kDepth, kForm == kTransposed ? kDepth : N,
-                       kForm == kTransposed ? b_number : [](int column, int k) { return b_number(k, column); });
+    static Matrix<T> b(b_along_n(kForm) ? kDepth : N, b_along_n(kForm) ? N : kDepth, b_along_n(kForm) ? kDepth : N,
+                       b_along_n(kForm) ? b_number : [](int column, int k) { return b_number(k, column); });
     run(kernel_products<T, N, kForm>, 256, a_bytes(kForm) + b_bytes(kForm, N) + 64, Products{a.map, b.map, out, fault});
 }
 template <typename T, int N, Form kForm>
@@ -189,23 +195,31 @@ void check_product() {
 
 void check_product_faults() {
     const auto wrong = [](Fault fault) { return [fault] { product<bf16, 64, kPlain>(fault); }; };
+    const auto wrong_registers = [](Fault fault) { return [fault] { product<fp16, 32, kRegisters>(fault); }; };
     const auto wrong_transposed = [](Fault fault) { return [fault] { product<bf16, 128, kTransposed>(fault); }; };
+    const auto wrong_registers_transposed = [](Fault fault) { return [fault] { product<bf16, 128, kRegistersTransposed>(fault); }; };
     reported(wrong(kNoProductFence), {"registers that no wgmma_fence has named since they were last touched"});
-    reported(wrong_transposed(kNoProductFence), {"a product of registers that no wgmma_fence has named"});
+    reported(wrong_registers(kNoProductFence), {"a product of registers that no wgmma_fence has named"});
+    reported(wrong_transposed(kNoProductFence), {"a product to registers that no wgmma_fence has named"});
+    reported(wrong_registers_transposed(kNoProductFence), {"a product of registers that no wgmma_fence has named"});
     reported(wrong(kTouchedAfterFence), {"a product to registers that no wgmma_fence has named"});
     reported(wrong(kReadEarly), {"returned with products in flight"});
     reported(wrong(kNoWait), {"returned with products in flight"});
     reported(wrong(kWrittenEarly), {"whose registers were written to meanwhile"});
-    reported(wrong_transposed(kOperandOverwritten), {"registers that were written to before it was waited for"});
+    reported(wrong_registers(kOperandOverwritten), {"registers that were written to before it was waited for"});
+    reported(wrong_registers(kNoSwizzle), {"descriptor is not of the 128-byte swizzle"});
+    reported(wrong_registers_transposed(kOperandOverwritten), {"registers that were written to before it was waited for"});
     reported(wrong(kLaxWait), {"names registers of the product issued at", "which it does not wait for"});
     reported(wrong(kUnnamedRegisters), {"issues a product to registers of the product issued at", "no wgmma_wait has named"});
-    reported(wrong(kSharedOverwritten), {"thread 200 at " + line(kProductsLine + 52), "writes shared memory at byte",
-                                         "issued at " + line(kProductsLine + 44)});
+    reported(wrong(kSharedOverwritten), {"thread 200 at " + line(kProductsLine + 56), "writes shared memory at byte",
+                                         "issued at " + line(kProductsLine + 48)});
     reported(wrong(kCopyOverOperand), {"thread 200", "begins a copy to shared memory at byte", "issued at"});
     reported(wrong(kNoSwizzle), {"descriptor is not of the 128-byte swizzle"});
     reported(wrong(kOtherProduct), {"issues another product than the other warps of its warpgroup"});
     reported(wrong(kWarpLeavesOut), {"ended after warp 4 had issued 4 products and warp 6 of its warpgroup 3"});
     reported(wrong_transposed(kWrongAtoms), {"right operand has atoms off 1024 bytes"});
+    reported(wrong_transposed(kSharedOverwritten), {"thread 200 at " + line(kProductsLine + 56), "writes shared memory at byte", "issued at " + line(kProductsLine + 44)});
+    reported(wrong_registers_transposed(kWrongAtoms), {"right operand has atoms off 1024 bytes"});
     const auto wrong_left = [](Fault fault) { return [fault] { product<fp16, 96, kLeftTransposed>(fault); }; };
     reported(wrong_left(kNoProductFence), {"a product to registers that no wgmma_fence has named"});
     reported(wrong_left(kReadEarly), {"returned with products in flight"});
@@ -216,7 +230,7 @@ void check_product_faults() {
     reported(wrong_left(kNoSwizzle), {"descriptor is not of the 128-byte swizzle"});
     reported(wrong_left(kOtherProduct), {"issues another product than the other warps of its warpgroup"});
     reported(wrong_left(kOtherForm), {"issues another product than the other warps of its warpgroup"});
-    reported(wrong_left(kSharedOverwritten), {"thread 200 at " + line(kProductsLine + 52), "writes shared memory at byte 64",
+    reported(wrong_left(kSharedOverwritten), {"thread 200 at " + line(kProductsLine + 56), "writes shared memory at byte 64",
                                               "issued at " + line(kProductsLine + 42)});
     reported(wrong_left(kNotWaited), {"shared memory at byte"});
     // What is read of registers before a wait is no number.
@@ -636,6 +650,7 @@ void on_hopper() { check_wgmma_and_tma(Check); }
 
 std::vector<Check> asynchronous_checks() {
     return {
+        {"wgmma bf16, 32 columns", on_hopper<check_product<bf16, 32, kPlain>>},
         {"wgmma fp16, 48 columns", on_hopper<check_product<fp16, 48, kPlain>>},
         {"wgmma bf16, 64 columns", on_hopper<check_product<bf16, 64, kPlain>>},
         {"wgmma fp16, 64 columns", on_hopper<check_product<fp16, 64, kPlain>>},
@@ -644,14 +659,22 @@ std::vector<Check> asynchronous_checks() {
         {"wgmma fp16, 112 columns", on_hopper<check_product<fp16, 112, kPlain>>},
         {"wgmma bf16, 128 columns", on_hopper<check_product<bf16, 128, kPlain>>},
         {"wgmma fp16, 256 columns", on_hopper<check_product<fp16, 256, kPlain>>},
-        {"wgmma transposed fp16, 48 columns", on_hopper<check_product<fp16, 48, kTransposed>>},
+        {"wgmma of registers bf16, 32 columns", on_hopper<check_product<bf16, 32, kRegisters>>},
+        {"wgmma of registers fp16, 64 columns", on_hopper<check_product<fp16, 64, kRegisters>>},
+        {"wgmma of registers fp16, 80 columns", on_hopper<check_product<fp16, 80, kRegisters>>},
+        {"wgmma of registers bf16, 128 columns", on_hopper<check_product<bf16, 128, kRegisters>>},
         {"wgmma transposed bf16, 64 columns", on_hopper<check_product<bf16, 64, kTransposed>>},
-        {"wgmma transposed fp16, 64 columns", on_hopper<check_product<fp16, 64, kTransposed>>},
         {"wgmma transposed fp16, 80 columns", on_hopper<check_product<fp16, 80, kTransposed>>},
-        {"wgmma transposed bf16, 96 columns", on_hopper<check_product<bf16, 96, kTransposed>>},
-        {"wgmma transposed fp16, 112 columns", on_hopper<check_product<fp16, 112, kTransposed>>},
         {"wgmma transposed bf16, 128 columns", on_hopper<check_product<bf16, 128, kTransposed>>},
         {"wgmma transposed fp16, 256 columns", on_hopper<check_product<fp16, 256, kTransposed>>},
+        {"wgmma transposed of registers fp16, 48 columns", on_hopper<check_product<fp16, 48, kRegistersTransposed>>},
+        {"wgmma transposed of registers bf16, 64 columns", on_hopper<check_product<bf16, 64, kRegistersTransposed>>},
+        {"wgmma transposed of registers fp16, 64 columns", on_hopper<check_product<fp16, 64, kRegistersTransposed>>},
+        {"wgmma transposed of registers fp16, 80 columns", on_hopper<check_product<fp16, 80, kRegistersTransposed>>},
+        {"wgmma transposed of registers bf16, 96 columns", on_hopper<check_product<bf16, 96, kRegistersTransposed>>},
+        {"wgmma transposed of registers fp16, 112 columns", on_hopper<check_product<fp16, 112, kRegistersTransposed>>},
+        {"wgmma transposed of registers bf16, 128 columns", on_hopper<check_product<bf16, 128, kRegistersTransposed>>},
+        {"wgmma transposed of registers fp16, 256 columns", on_hopper<check_product<fp16, 256, kRegistersTransposed>>},
         {"wgmma left transposed fp16, 48 columns", on_hopper<check_product<fp16, 48, kLeftTransposed>>},
         {"wgmma left transposed bf16, 64 columns", on_hopper<check_product<bf16, 64, kLeftTransposed>>},
         {"wgmma left transposed fp16, 64 columns", on_hopper<check_product<fp16, 64, kLeftTransposed>>},

@@ -5,8 +5,10 @@
 // since they were last touched.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <type_traits>
 
 #include "machine.h"
@@ -38,7 +40,7 @@ void issue_product(const ProductOperands& operands, Where where);
 
 // Whether csrc/device/wgmma.h has products of so many columns.
 constexpr bool is_width(int columns) {
-    for (const int width : {48, 64, 80, 96, 112, 128, 256}) {
+    for (const int width : {32, 48, 64, 80, 96, 112, 128, 256}) {
         if (columns == width) {
             return true;
         }
@@ -70,6 +72,11 @@ inline MatrixDescriptor further(MatrixDescriptor matrix, uint32_t bytes) { retur
 // Only a matter of the compiler's on a GPU.
 template <typename X, int N>
 inline void pin(X (&)[N][4]) {}
+
+template <int N>
+inline void forget(float (&x)[N][4]) {
+    std::fill(&x[0][0], &x[0][0] + 4 * N, std::numeric_limits<float>::quiet_NaN());
+}
 
 template <
     typename X0 = emulation::None, typename X1 = emulation::None, typename X2 = emulation::None,
@@ -103,6 +110,14 @@ inline void wgmma(
     emulation::issue_product({&d[0][0], 8 * N, {}, nullptr, a, b, accumulate, std::is_same_v<T, bf16>}, where);
 }
 template <typename T, int N>
+inline void wgmma(
+    float (&d)[N][4], uint32_t (&a)[4], MatrixDescriptor b, bool accumulate,
+    emulation::Where where = emulation::Where::current()) {
+    static_assert(emulation::is_width(8 * N));
+    emulation::issue_product(
+        {&d[0][0], 8 * N, {.a_in_registers = true}, a, 0, b, accumulate, std::is_same_v<T, bf16>}, where);
+}
+template <typename T, int N>
 inline void wgmma_transposed(
     float (&d)[N][4], uint32_t (&a)[4], MatrixDescriptor b, bool accumulate,
     emulation::Where where = emulation::Where::current()) {
@@ -110,6 +125,14 @@ inline void wgmma_transposed(
     emulation::issue_product(
         {&d[0][0], 8 * N, {.a_in_registers = true, .b_along_n = true}, a, 0, b, accumulate, std::is_same_v<T, bf16>},
         where);
+}
+template <typename T, int N>
+inline void wgmma_transposed(
+    float (&d)[N][4], MatrixDescriptor a, MatrixDescriptor b, bool accumulate,
+    emulation::Where where = emulation::Where::current()) {
+    static_assert(emulation::is_width(8 * N));
+    emulation::issue_product(
+        {&d[0][0], 8 * N, {.b_along_n = true}, nullptr, a, b, accumulate, std::is_same_v<T, bf16>}, where);
 }
 template <typename T, int N>
 inline void wgmma_left_transposed(

@@ -12,8 +12,10 @@
 #include "../core/logits.cuh"
 #include "../core/row_sums.cuh"
 #include "column_copies.cuh"
+#include "left_operand.cuh"
 #include "launch.h"
 #include "maps.h"
+#include "store_rows.cuh"
 #include "warpgroup.h"
 #include "wgmma.h"
 
@@ -31,6 +33,9 @@ struct QueryTile {
     // Of a thread: what the copying warpgroup gives, the others take.
     static constexpr int kCopyRegisters = 56;
     static constexpr int kComputeRegisters = 224;
+    // Steps of 16 along d of Q that a warp keeps in registers: as many as there are registers for where shared memory
+    // is what binds.
+    static constexpr int kKept = D == 256 ? 2 : 0;
     // A tile holds D / 64 boxes of 64 columns; a row of a box is 128 bytes.
     static constexpr int kBoxes = D / 64;
     static constexpr int kQueryBoxBytes = 64 * 128;
@@ -62,23 +67,18 @@ struct QueryConsumer {
     float bias;
     float lse[2], delta[2];  // of the lane's rows
     RowSums sums;
+    Kept<Tile::kKept> kept;  // of Q
 
     // The lane's first row; the other one is 8 below.
     __device__ __forceinline__ int row() const { return first + warp_index() % 4 * 16 + lane_index() / 4; }
     __device__ __forceinline__ bool lives(int r) const { return lse[r] != infinity(); }
 
     // acc (64, kColumns) = A B^T: the group's rows of Q or dO by the columns of a stage
-    __device__ __forceinline__ static void issue_scores(float (&acc)[kN][4], SharedAddress left, SharedAddress right) {
-        const MatrixDescriptor a = matrix_descriptor(recomputed(left), 0, 1024);
-        const MatrixDescriptor b = matrix_descriptor(right, 0, 1024);
-        wgmma_fence(acc);
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k) {
-            const int box = k / 4, at = k % 4 * 32;
-            wgmma<T>(
-                acc, further(a, box * Tile::kQueryBoxBytes + at), further(b, box * Tile::kKeyBoxBytes + at), k != 0);
-        }
-        wgmma_commit();
+    template <int KEPT>
+    __device__ __forceinline__ static void issue_scores(
+        float (&acc)[kN][4], Kept<KEPT>& kept, SharedAddress left, SharedAddress right) {
+        forget(acc);
+        issue_over_d<T, D, KEPT>(acc, kept, left, Tile::kQueryBoxBytes, right, Tile::kKeyBoxBytes);
     }
 
     // Waits for K of the tile, and learns what tile it is.
@@ -146,14 +146,12 @@ struct QueryConsumer {
     __device__ __forceinline__ void step(float (&dq)[kDN][4]) {
         const SharedAddress keys = memory.keys(ring.stage()), values = memory.values(ring.stage());
         const int own = group * Tile::kGroupBytes;
-        // From zeros, which no instruction makes: see attn_bwd.cuh.
-        float products[2][kN][4];
-        clear(products);
-        auto &x = products[0], &dz = products[1];
+        float x[kN][4], dz[kN][4];
         uint32_t ds[kK][4];
-        issue_scores(x, memory.query + own, keys);
+        issue_scores<Tile::kKept>(x, kept, memory.query + own, keys);
         mbarrier_wait(memory.value_full(ring.stage()), ring.parity());
-        issue_scores(dz, memory.grad_out() + own, values);
+        Kept<0> none;
+        issue_scores<0>(dz, none, memory.grad_out() + own, values);
         wgmma_wait<1>(x);
         if (!(flags & Told::kFull)) {
             Told told;
@@ -228,23 +226,13 @@ struct QueryConsumer {
         const bool leads = warp_index() % 4 == 0 && lane_index() == 0;
         if (p.grad_query.data != nullptr) {
             const SharedAddress own = memory.query + group * Tile::kGroupBytes;
-            const int at = warp_index() % 4 * 16 + lane_index() / 4;
-            const auto scaled = [&](float x, int r) { return lives(r) ? x * p.shape.scale : 0.0f; };
-#pragma unroll
-            for (int n = 0; n < kDN; ++n) {
-                const SharedAddress to =
-                    own + n / 8 * Tile::kQueryBoxBytes + at * 128 + ((n % 8 ^ at % 8) * 16) + lane_index() % 4 * 4;
-                store_shared_32(to, pack<T>(scaled(dq[n][0], 0), scaled(dq[n][1], 0)));
-                store_shared_32(to + 8 * 128, pack<T>(scaled(dq[n][2], 1), scaled(dq[n][3], 1)));
-            }
+            lay_down<T, kDN>(own, Tile::kQueryBoxBytes, [&](int n, int c) {
+                return lives(c / 2) ? dq[n][c] * p.shape.scale : 0.0f;
+            });
             proxy_fence();
             named_barrier_sync(kOwn + group, 128);  // all of it is there
             if (leads) {
-#pragma unroll 1
-                for (int box = 0; box < Tile::kBoxes; ++box) {
-                    tma_store(own + box * Tile::kQueryBoxBytes, p.grad_query_map, 64 * box, first, h, b);
-                }
-                tma_commit();
+                store_boxes<Tile::kBoxes>(own, Tile::kQueryBoxBytes, p.grad_query_map, first, h, b);
                 tma_wait_read();
             }
         }
@@ -271,6 +259,7 @@ struct QueryConsumer {
             float dq[1][kDN][4];
             clear(dq);
             mbarrier_wait(memory.query_full(), items.round % 2);
+            keep<Tile::kKept>(kept, memory.query + group * Tile::kGroupBytes, Tile::kQueryBoxBytes);
             if (p.shape.logits.prepared) {
                 walk<true>(dq[0], item.head);
             } else {

@@ -19,7 +19,9 @@
 #include "../core/softmax.cuh"
 #include "column_copies.cuh"
 #include "launch.h"
+#include "left_operand.cuh"
 #include "maps.h"
+#include "store_rows.cuh"
 #include "warpgroup.h"
 #include "wgmma.h"
 
@@ -106,18 +108,9 @@ struct Consumer {
 
     // scores (64, kColumns) = Q K^T
     __device__ __forceinline__ void issue_scores(float (&scores)[kN][4]) const {
-        // Made anew for each tile: D / 16 of them are too many to keep.
-        const MatrixDescriptor rows = matrix_descriptor(recomputed(query()), 0, 1024);
-        const MatrixDescriptor keys = matrix_descriptor(memory.keys(ring.stage()), 0, 1024);
-        wgmma_fence(scores);
-#pragma unroll
-        for (int k = 0; k < D / 16; ++k) {
-            const int box = k / 4, at = k % 4 * 32;
-            wgmma<T>(
-                scores, further(rows, box * Tile::kQueryBoxBytes + at), further(keys, box * Tile::kKeyBoxBytes + at),
-                k != 0);
-        }
-        wgmma_commit();
+        Kept<0> none;
+        issue_over_d<T, D, 0>(
+            scores, none, query(), Tile::kQueryBoxBytes, memory.keys(ring.stage()), Tile::kKeyBoxBytes);
     }
     // out (64, D) += P V of the stage
     __device__ __forceinline__ void issue_out(float (&out)[kDN][4], uint32_t (&weights)[kK][4], int stage) const {
@@ -245,22 +238,11 @@ struct Consumer {
     // `out` to its tensor, by way of where the rows of the query were.
     __device__ __forceinline__ void store(const float (&out)[kDN][4], int first, int h, int b) const {
         named_barrier_sync(kOwn + group, 128);  // no product of the warpgroup reads the query any more
-        const int row = warp_index() % 4 * 16 + lane_index() / 4;
-#pragma unroll
-        for (int n = 0; n < kDN; ++n) {
-            const SharedAddress to =
-                query() + n / 8 * Tile::kQueryBoxBytes + row * 128 + ((n % 8 ^ row % 8) * 16) + lane_index() % 4 * 4;
-            store_shared_32(to, pack<T>(out[n][0], out[n][1]));
-            store_shared_32(to + 8 * 128, pack<T>(out[n][2], out[n][3]));
-        }
+        lay_down<T, kDN>(query(), Tile::kQueryBoxBytes, [&](int n, int c) { return out[n][c]; });
         proxy_fence();
         named_barrier_sync(kOwn + group, 128);  // all of it is there
         if (warp_index() % 4 == 0 && lane_index() == 0) {
-#pragma unroll 1
-            for (int box = 0; box < Tile::kBoxes; ++box) {
-                tma_store(query() + box * Tile::kQueryBoxBytes, p.out_map, 64 * box, first, h, b);
-            }
-            tma_commit();
+            store_boxes<Tile::kBoxes>(query(), Tile::kQueryBoxBytes, p.out_map, first, h, b);
             tma_wait_read();
             mbarrier_arrive(memory.query_empty());
         }

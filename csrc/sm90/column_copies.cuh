@@ -172,7 +172,8 @@ struct ColumnCopies {
         }
     }
 
-    // Every tile of every item of the block. Forwards, K of the next tile is on its way before V of the present one,
+    // Every tile of every item of the block. The first K of an item is on its way before its rows, whose memory the
+    // item before may still be leaving by. Forwards, K of the next tile is on its way before V of the present one,
     // whose product comes a tile later; the backward takes both at once.
     __device__ __forceinline__ void run() {
         for (Items items; items.valid(p); ++items.round) {
@@ -182,8 +183,8 @@ struct ColumnCopies {
             Tiles next;
             next.advance(p, b, first, last);
             const bool has_tile = next.valid(p);
-            load_query(items.round, has_tile, first, h, b);
             if (!has_tile) {
+                load_query(items.round, false, first, h, b);
                 load_keys({Told::kEmpty | Told::kEndsItem, 0, 0, {0, 0}}, false, false, 0, key_head, b);
             }
             Owed owed{next.source, 0, false};
@@ -195,6 +196,9 @@ struct ColumnCopies {
                 told.flags |=
                     (next.source != present.source ? Told::kEndsSource : 0) | (next.valid(p) ? 0 : Told::kEndsItem);
                 load_keys(told, true, kBackward && present.clears, present.start, key_head, b);
+                if (!begun) {
+                    load_query(items.round, true, first, h, b);
+                }
                 if (kBackward) {
                     load_values(present, key_head, b);
                 } else if (begun) {

@@ -14,6 +14,8 @@ struct Ring {
 
     __device__ __forceinline__ int stage() const { return static_cast<uint32_t>(count) % STAGES; }
     __device__ __forceinline__ int parity() const { return static_cast<uint32_t>(count) / STAGES % 2; }
+    __device__ __forceinline__ Ring before() const { return {count - 1}; }
+    __device__ __forceinline__ Ring after() const { return {count + 1}; }
 };
 
 // By all lanes, of which one goes on to copy: none is left behind by a whole phase.
