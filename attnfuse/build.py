@@ -210,7 +210,7 @@ def build_emulation(
     """Compile the csrc in sources_dir for the host into a Python module `_emulated` in build_dir, and return its path.
 
     sanitize: what -fsanitize= takes, such as "address,undefined"; see `sanitizer_preload`.
-    coverage: count which lines are run (gcov).
+    coverage: count which lines are run (gcov); with `sanitize` those of optimised code, which are a few less.
     debug: for gdb, with every variable where the source has it.
     only: patterns of names in csrc/instances; the others are left out, and calling one ends the process.
     Raises BuildError.
@@ -227,7 +227,7 @@ def build_emulation(
     if sanitize is not None:
         extra += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
     if coverage:
-        extra += ["--coverage", "-g", "-O0"]
+        extra += ["--coverage", "-g", *([] if sanitize else ["-O0"])]
     if debug:
         extra += ["-g", "-O0"]
     host += ["-O1" if extra else "-O2", *extra]

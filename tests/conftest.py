@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
 import pytest
 import torch
 from hypothesis import settings
+from interpreter import patch_the_language_once
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -15,6 +17,8 @@ if not HAS_GPU:
     # Triton reads this once, when it is imported; torch does not import it.
     assert "triton" not in sys.modules, "triton was imported before tests/conftest.py could ask for its interpreter"
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        patch_the_language_once()
 
 # Small tensors: threads only wait for each other, and on a busy machine for a long time.
 torch.set_num_threads(1)

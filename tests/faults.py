@@ -1,12 +1,12 @@
 """Faults to plant in csrc, one at a time: each must be caught by the conformance cases under emulation.
 
-A fault replaces one piece of text in one file; `test_faults.py` builds each and runs the cases.
+A fault replaces one piece of text in one file; planting.py builds them and runs the trials on each.
 """
 
 from __future__ import annotations
 
-import os
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -119,23 +119,10 @@ def served() -> list[testing.Case]:
     return sorted(cases, key=lambda c: c.family != "long")
 
 
-def judge_all(module: str, verdict: Connection) -> None:
-    """In a process of its own: send why the module is caught, or an empty text if it passes every case."""
-    os.environ["ATTNFUSE_EMULATE"] = "1"
-    os.environ["ATTNFUSE_EMULATE_MODULE"] = module
-    torch.set_num_threads(1)
+def trials() -> Iterator[tuple[str, Callable[[], list[testing.Result]]]]:
     for case in served():
         if testing.serves(case, "cuda", torch.bfloat16) is not None:
             continue
         for is_deterministic in (False, True):
             torch.use_deterministic_algorithms(is_deterministic)
-            try:
-                results = testing.judge(case, "cuda", torch.bfloat16)
-            except RuntimeError as error:
-                verdict.send(f"{case}: {error}")
-                return
-            for result in results:
-                if not result.passed:
-                    verdict.send(f"{case}: {result.quantity} is off by {result.error:.3g}, budget {result.budget:.3g}")
-                    return
-    verdict.send("")
+            yield str(case), partial(testing.judge, case, "cuda", torch.bfloat16)

@@ -7,13 +7,13 @@ MIDDLE_FAULTS at 128, WIDE_FAULTS at 256, where dS and dO share their place; QUE
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing.connection import Connection
 
 from faults import Fault
-from hopper_faults import judge
+from hopper_faults import trials_of
 
-from attnfuse.testing import Case, SourceCase
+from attnfuse.testing import Case, Result, SourceCase
 
 _BWD, _DQ, _SUM = (f"sm90/{name}.cuh" for name in ("attn_bwd", "attn_bwd_dq", "dq_sum"))
 _ROWS, _COPIES, _TILES, _LEFT, _STORE = (
@@ -160,19 +160,19 @@ ROWS = Case(
 )  # fmt: skip
 
 
-def judge_backward(module: str, verdict: Connection) -> None:
-    judge(ROWS, True, module, verdict)
+def backward_trials() -> Iterator[tuple[str, Callable[[], list[Result]]]]:
+    return trials_of(ROWS, gradients=True)
 
 
-def judge_middle(module: str, verdict: Connection) -> None:
-    judge(replace(ROWS, dim=128), True, module, verdict)
+def middle_trials() -> Iterator[tuple[str, Callable[[], list[Result]]]]:
+    return trials_of(replace(ROWS, dim=128), gradients=True)
 
 
-def judge_wide(module: str, verdict: Connection) -> None:
-    judge(replace(ROWS, dim=256), True, module, verdict)
+def wide_trials() -> Iterator[tuple[str, Callable[[], list[Result]]]]:
+    return trials_of(replace(ROWS, dim=256), gradients=True)
 
 
-def judge_query(module: str, verdict: Connection) -> None:
+def query_trials() -> Iterator[tuple[str, Callable[[], list[Result]]]]:
     """With a bias, whose gradient the kernel that owns rows makes."""
     first, *others = ROWS.sources
-    judge(replace(ROWS, sources=(replace(first, bias=True), *others)), True, module, verdict)
+    return trials_of(replace(ROWS, sources=(replace(first, bias=True), *others)), gradients=True)

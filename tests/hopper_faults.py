@@ -7,7 +7,8 @@ As in faults.py, a fault replaces one piece of text in one file, and the cases u
 from __future__ import annotations
 
 import os
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from faults import Fault
@@ -128,27 +129,15 @@ ITEMS = Case(
 )  # fmt: skip
 
 
-def judge_forward(module: str, verdict: Connection) -> None:
-    """In a process of its own: send why the module is caught, or an empty text if it passes."""
-    judge(ITEMS, False, module, verdict)
+def forward_trials() -> Iterator[tuple[str, Callable[[], list[testing.Result]]]]:
+    return trials_of(ITEMS, gradients=False)
 
 
-def judge(one: Case, gradients: bool, module: str, verdict: Connection) -> None:
-    """The verdict of one case, under two orders of threads and copies."""
-    os.environ["ATTNFUSE_EMULATE"] = "1"
+def trials_of(case: Case, gradients: bool) -> Iterator[tuple[str, Callable[[], list[testing.Result]]]]:
+    """One case, under two orders of threads and copies."""
     os.environ["ATTNFUSE_EMULATE_ARCH"] = "90"
-    os.environ["ATTNFUSE_EMULATE_MODULE"] = module
-    torch.set_num_threads(1)
     machine = cuda.emulation()
     for seed, blocks in ((0, 2), (1, 1)):
         machine.set_seed(seed)
         machine.set_multiprocessors(blocks)
-        try:
-            for result in testing.judge(one, "cuda", torch.bfloat16, gradients=gradients):
-                if not result.passed:
-                    verdict.send(f"{result.quantity} is off by {result.error:.3g}, budget {result.budget:.3g}")
-                    return
-        except RuntimeError as error:
-            verdict.send(str(error))
-            return
-    verdict.send("")
+        yield f"seed {seed}", partial(testing.judge, case, "cuda", torch.bfloat16, gradients=gradients)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sanitized
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,7 +26,6 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 CASES = [c for c in testing.cases() if not (c.alibi or c.dropout_p or any(s.mask for s in c.sources))]
 DTYPES = [torch.bfloat16, torch.float16]
-SANITIZERS = "address,undefined"
 SMALL_CARD = 99 * 1024  # bytes of shared memory a block may have on sm_86, sm_89 and sm_120
 
 pytestmark = pytest.mark.skipif(
@@ -230,14 +232,6 @@ def test_dispatch_prefers_it_on_a_gpu() -> None:
     assert dispatch.ORDER["cuda"][0] == "cuda" and "cuda" not in dispatch.ORDER["cpu"]
 
 
-def python(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path, **environment},
-        capture_output=True, text=True,
-    )  # fmt: skip
-
-
 EVERY_CASE = """
 from dataclasses import replace
 from functools import partial
@@ -267,29 +261,20 @@ for case in served:
         judge(replace(case, rows=min(case.rows, 60)))
 print(checks)
 """
-# What EVERY_CASE calls: building the rest takes longer than running it.
-CALLED = [
-    path.stem
-    for path in sorted((build.CSRC / "instances").glob("*.cu"))
-    if not ("_few_" in path.stem or "_split_" in path.stem) or path.stem.endswith(("_d64", "_merge"))
-]
 
 
-def sanitized() -> Path:
-    """The emulation with sanitizers."""
-    folder = ROOT / "build" / "emulation-sanitized"
-    return build.build_emulation(folder, sanitize=SANITIZERS, only=CALLED, quiet=True)
+@pytest.fixture(scope="module")
+def every_case(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """EVERY_CASE with sanitizers, and the folder with the counts of lines."""
+    counts = tmp_path_factory.mktemp("counts")
+    return sanitized.run(EVERY_CASE, counts=counts), counts
 
 
 @emulated_only
 @pytest.mark.slow
-def test_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
+def test_sanitizers_have_nothing_to_say(every_case: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     """Every case under address and undefined-behaviour sanitizers; any report ends the process."""
-    module = sanitized()
-    preload = build.sanitizer_preload(SANITIZERS)
-    done = python(
-        EVERY_CASE, LD_PRELOAD=preload, ATTNFUSE_EMULATE_MODULE=str(module), ASAN_OPTIONS="detect_leaks=0",
-    )  # fmt: skip
+    done, _ = every_case
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert int(done.stdout) > 500
 
@@ -298,7 +283,6 @@ def test_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_sanitizers_would_have_spoken(tmp_path: Path) -> None:
     """The kernel is told that a source has more columns than were allocated."""
-    module = sanitized()
     program = """
 import torch
 from attnfuse.backends import cuda
@@ -309,10 +293,7 @@ honest, columns = cuda._source, 14
 cuda._source = lambda *given: (*(told := honest(*given))[:columns], 6400, *told[columns + 1 :])
 cuda.forward(Problem(q, [BoundSource(k, k)], 0.125))
 """
-    done = python(
-        program, LD_PRELOAD=build.sanitizer_preload(SANITIZERS), ATTNFUSE_EMULATE_MODULE=str(module),
-        ASAN_OPTIONS="detect_leaks=0",
-    )  # fmt: skip
+    done = sanitized.run(program, counts=tmp_path)
     assert done.returncode != 0
     assert "AddressSanitizer" in done.stderr and "attn_fwd.cuh" in done.stderr
 
@@ -320,15 +301,22 @@ cuda.forward(Problem(q, [BoundSource(k, k)], 0.125))
 @emulated_only
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "flags", [["-O2"], ["-O1", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all"]], ids=["plain", "sanitized"]
+    "flags",
+    [["-O2"], ["-O1", f"-fsanitize={sanitized.SANITIZERS}", "-fno-sanitize-recover=all"]],
+    ids=["plain", "sanitized"],
 )
 def test_the_emulated_machine_itself(flags: list[str], tmp_path: Path) -> None:
     """csrc/emulation/selftest*.cpp: layouts against plain loops, and every report it can make."""
     folder = ROOT / "csrc" / "emulation"
     program = tmp_path / "selftest"
-    sources = [str(path) for path in sorted(folder.glob("*.cpp"))]
+    sources = sorted(folder.glob("*.cpp"))
     compiler = os.environ.get("CXX") or "g++"
-    subprocess.run([compiler, "-std=c++20", *flags, f"-I{folder}", *sources, "-o", str(program)], check=True)
+    compile_one = [compiler, "-std=c++20", *flags, f"-I{folder}", "-c"]
+    objects = [str(tmp_path / f"{source.stem}.o") for source in sources]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [[*compile_one, str(source), "-o", to] for source, to in zip(sources, objects)]
+        list(pool.map(partial(subprocess.run, check=True), jobs))
+    subprocess.run([compiler, *flags, *objects, "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout and done.stdout.count("ok") >= 57
@@ -336,17 +324,14 @@ def test_the_emulated_machine_itself(flags: list[str], tmp_path: Path) -> None:
 
 @emulated_only
 @pytest.mark.slow
-def test_coverage(tmp_path: Path) -> None:
+def test_coverage(every_case: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path) -> None:
     """The cases run at least 95 % of the lines of csrc/sm80 and csrc/core."""
-    folder = ROOT / "build" / "emulation-coverage"
-    module = build.build_emulation(folder, coverage=True, only=CALLED, quiet=True)
-    for old in folder.rglob("*.gcda"):
-        old.unlink()
-    done = python(EVERY_CASE, ATTNFUSE_EMULATE_MODULE=str(module))
+    done, counts = every_case
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     lines: dict[tuple[str, int], bool] = {}
-    for data in sorted((folder / "instances").glob("*.gcda")):
-        text = subprocess.run(["gcov", "-t", str(data)], cwd=folder, capture_output=True, text=True, check=True).stdout
+    for data in sorted(counts.rglob("instances/*.gcda")):
+        notes = shutil.copy(sanitized.FOLDER / "instances" / f"{data.stem}.gcno", data.parent)
+        text = subprocess.run(["gcov", "-t", notes], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
         name = ""
         for line in text.splitlines():
             count, number, rest = (part.strip() for part in (line.split(":", 2) + ["", ""])[:3])

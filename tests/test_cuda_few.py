@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from few_faults import FAULTS, INSTANCES, judge_all
+from few_faults import FAULTS, INSTANCES, trials
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planting import verdicts_on
@@ -382,8 +382,8 @@ NAMES = [fault.name for fault in FAULTS]
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The verdict on each fault, and on the kernels as they are under the name "". One folder for all such tests."""
-    return verdicts_on(FAULTS, judge_all, INSTANCES, tmp_path_factory.getbasetemp() / "planted")
+    """The verdict on each fault, and on the kernels without any under the name "". One folder for all such tests."""
+    return verdicts_on(FAULTS, trials, INSTANCES, tmp_path_factory.getbasetemp() / "planted")
 
 
 def test_every_fault_is_one_change() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sanitized
 import torch
 from hopper_backward_faults import ROWS
 from hopper_faults import ITEMS
@@ -20,7 +18,6 @@ from attnfuse import Source, build, testing
 from attnfuse.backends import cuda
 
 ROOT = Path(__file__).parent.parent
-SANITIZERS = "address,undefined"
 # What cannot be described by tensor maps (head dims that are no multiple of 8) runs in the sm_80 kernels.
 CASES = [
     c
@@ -189,17 +186,8 @@ print(checks)
 @pytest.mark.slow
 def test_sanitizers_have_nothing_to_say(tmp_path: Path) -> None:
     """The cases that cross tiles and a few others, under address and undefined-behaviour sanitizers."""
-    module = build.build_emulation(
-        ROOT / "build" / "emulation-sanitized-sm90", sanitize=SANITIZERS,
-        only=["*_d64_sm90", "*_d128_sm90", "attn_bwd_rows"], quiet=True,
-    )  # fmt: skip
     names = ["long-three-sources", "long-hole-tiles", "long-head-dim-128", "presence-all-absent", "window-both"]
-    done = subprocess.run(
-        [sys.executable, "-c", EVERY_CASE, *names], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-             "LD_PRELOAD": build.sanitizer_preload(SANITIZERS), "ATTNFUSE_EMULATE_MODULE": str(module),
-             "ATTNFUSE_EMULATE_ARCH": "90", "ASAN_OPTIONS": "detect_leaks=0"},
-    )  # fmt: skip
+    done = sanitized.run(EVERY_CASE, *names, counts=tmp_path, ATTNFUSE_EMULATE_ARCH="90")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert int(done.stdout) >= 30
 

@@ -1,13 +1,12 @@
 """Every fault of hopper_faults.py and hopper_backward_faults.py, planted in a copy of csrc, is caught under emulation.
 
-Caught is what test_faults.py calls so. The instances of head dim 64, or 128 or 256, in bfloat16 are built for each.
+Caught is what test_faults.py calls so. Of each pass only the instances of its head dim are built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import hopper_backward_faults
 import hopper_faults
@@ -32,32 +31,24 @@ PASSES = {
 EACH = [(name, fault.name) for name, faults in PASSES.items() for fault in faults]
 
 
-def one_dtype(csrc: Path) -> None:
-    """Compiling is most of what a fault costs: without the instances in float16."""
-    for instance in (FORWARD, KEYS, ROWS, *MIDDLE, *WIDE, "attn_bwd_rows", "attn_fwd_split_d64"):
-        file = csrc / "instances" / f"{instance}.cu"
-        lines = [line for line in file.read_text().splitlines(keepends=True) if "fp16" not in line]
-        file.write_text("".join(lines))
-
-
 # The forward asks what a split would take before it goes without one.
-JUDGES = {
-    "forward": (hopper_faults.judge_forward, [FORWARD, "attn_fwd_split_d64"]),
-    "backward over keys": (hopper_backward_faults.judge_backward, [FORWARD, KEYS, "attn_bwd_rows"]),
-    "backward over keys, 128": (hopper_backward_faults.judge_middle, [*MIDDLE, "attn_bwd_rows"]),
-    "backward over keys, 256": (hopper_backward_faults.judge_wide, [*WIDE, "attn_bwd_rows"]),
-    "backward over rows": (hopper_backward_faults.judge_query, [FORWARD, KEYS, ROWS, "attn_bwd_rows"]),
+TRIALS = {
+    "forward": (hopper_faults.forward_trials, [FORWARD, "attn_fwd_split_d64"]),
+    "backward over keys": (hopper_backward_faults.backward_trials, [FORWARD, KEYS, "attn_bwd_rows"]),
+    "backward over keys, 128": (hopper_backward_faults.middle_trials, [*MIDDLE, "attn_bwd_rows"]),
+    "backward over keys, 256": (hopper_backward_faults.wide_trials, [*WIDE, "attn_bwd_rows"]),
+    "backward over rows": (hopper_backward_faults.query_trials, [FORWARD, KEYS, ROWS, "attn_bwd_rows"]),
 }
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, str]]:
-    """Of a pass: the verdict on each fault, and on the kernel as it is under the name ""."""
+    """Of a pass: the verdict on each fault, and on the kernels without any under the name ""."""
 
     @cache
     def of(name: str) -> dict[str, str]:
-        judge, instances = JUDGES[name]
-        return verdicts_on(PASSES[name], judge, instances, tmp_path_factory.mktemp("faults"), one_dtype)
+        trials, instances = TRIALS[name]
+        return verdicts_on(PASSES[name], trials, instances, tmp_path_factory.getbasetemp() / "planted")
 
     return of
 
