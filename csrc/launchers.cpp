@@ -196,7 +196,7 @@ std::vector<TileShape> tile_shapes(int dim_padded) {
 
 int rows_padded(int rows) {
     int padded = 0;
-    for (const int tile : {48, 64, 80, 128}) {
+    for (const int tile : {64, 80, 128}) {
         const int up = (rows + tile - 1) / tile * tile;
         padded = up > padded ? up : padded;
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from in_flight import hazards, product_of
 
 from attnfuse import build
 from attnfuse.machine import cuda_code, sass
@@ -296,6 +297,19 @@ def test_the_kernel_over_rows(readings: list[Reading]) -> None:
         assert plain(reading).per_element <= (14.7 if wide else 8.1), reading.kernel
 
 
+def test_nobody_touches_what_a_product_under_way_owns(folder: Path) -> None:
+    """Accumulators, and left operands in registers, on every path; and all are waited for in the end."""
+    checked = 0
+    for path in sorted((folder / "instances").glob(f"attn_*{build.HOPPER_SUFFIX}.o")):
+        for function in sass.functions(path):
+            if any(x.opcode == "HGMMA" for x in function.code):
+                assert hazards(function.code) == [], function.name
+                checked += 1
+                if "bf16" in function.name:
+                    assert len(hazards(function.code, waits=False)) > 20, function.name
+    assert checked == 2 * (3 + 3 + 4)
+
+
 def behind(code: Sequence[Instruction], register_count: Instruction) -> list[Instruction]:
     """What may be executed after a setmaxnreg, up to the end."""
     flow = Flow(code)
@@ -319,6 +333,8 @@ def test_no_thread_uses_registers_that_it_has_not(folder: Path) -> None:
                 limit = int(re.findall(r"0x([0-9a-f]+)", change.operands)[-1], 16)
                 code = behind(function.code, change)
                 highest = max(int(n) for x in code for n in re.findall(r"\bR(\d+)\b", x.operands))
+                products = [product_of(x) for x in code if x.opcode == "HGMMA"]
+                highest = max([highest, *(p.accumulators.stop - 1 for p in products)])
                 assert len(code) > 100 and highest < limit, (function.name, change.name, limit, highest)
                 checked += 1
     # Of both dtypes three forwards, three over rows and four over keys: what the copying warps give, the others take.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_flight import hazards
 
 from attnfuse.build import BuildError
 from attnfuse.cli.main import main
@@ -310,6 +311,30 @@ def test_what_bulk_reductions_read_is_told_by_the_tile() -> None:
     # Of two loops one of which adds, the other has nothing to add.
     assert shared(f"{alone[:-4]}{inside.replace('head', 'next')}") == shared(inside)
     assert shared(f"{inside[:-4]}{alone.replace('head', 'next')}") == shared(alone)
+
+
+@pytest.mark.parametrize(
+    "touch, what",
+    [("FADD R1, R1, R87", "touches accumulators"), ("STS.128 [R2], R84", "touches accumulators"),
+     ("MOV R59, R1", "writes to the left operand"), ("LDSM.16.M88.4 R56, [R2]", "writes to the left operand"),
+     ("HGMMA.64x32x16.F32.BF16 R80, gdesc[UR8], R80, gsb0", "other accumulators"),
+     ("HGMMA.64x32x16.F32.BF16 R48, gdesc[UR8], R48, gsb0", "accumulates over the left operand"),
+     ("HGMMA.64x32x16.F32.BF16 R96, R24, gdesc[UR8], R96, gsb0", "takes accumulators")],
+)  # fmt: skip
+def test_what_a_product_owns_until_it_is_waited_for(touch: str, what: str) -> None:
+    """Of the first of two groups: accumulators R24 to R87, or a left operand in R56 to R59, which others may read."""
+    if "left operand" in what:
+        first = "HGMMA.64x32x16.F32.BF16 R24, R56, gdesc[UR8], R24, gsb0\nFADD R1, R56, R2"
+    else:
+        first = "HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR8], R24, gsb0"
+    second = "HGMMA.64x16x16.F32.BF16 R160, gdesc[UR8], R160, gsb0"
+
+    def found(wait: int) -> list[str]:
+        waits = [f"WARPGROUP.DEPBAR.LE gsb0, {n:#x}" for n in (wait, 0)]
+        return hazards(code("\n".join([first, second, waits[0], touch, waits[1], "EXIT"])))
+
+    assert any(what in line for line in found(2)) and found(1) == []
+    assert hazards(code(f"{second}\nEXIT"))[-1].endswith("products are under way at the end")
 
 
 def test_a_loop_that_leaves_a_product_out_repeats_nothing() -> None:

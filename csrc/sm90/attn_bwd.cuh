@@ -19,10 +19,10 @@
 //     head dim   rows   in registers    dQ
 //     64         64     K, V, K^T       dQ^T, 32 rows a group; laid down in shared memory, and added by bulk copies
 //     128        80                     dQ^T, 64 of d a group; added from the registers
-//     256, dV    64     half of K       at 256 dk and dv together do not fit the registers: each has a launch of its
-//     own 256, dK    64                     dQ, 128 of d a group: half as many left operands as of dQ^T; from the
-//     registers
+//     256, dV    64     half of K
+//     256, dK    64                     dQ, 128 of d a group: half as many left operands; added from the registers
 //
+// At 256 dk and dv together do not fit the registers: each has a launch of its own.
 // dQ is added to dq_sum in fragments, as it leaves the product, in no order.
 //
 //     barrier        completed by                             waited for by
@@ -451,8 +451,8 @@ struct KeyConsumer {
     }
 
     // Of a tile whose scores' product has been issued, ahead of dK's of the tile before unless it is the FIRST: dP^T,
-    // and, unless CAPPED, the exponentials meanwhile: half of them before there is dP^T, whose registers are dS's until
-    // dK is complete.
+    // and, unless CAPPED, the exponentials meanwhile: half of them before dP^T is issued, the others once dK is
+    // complete, whose dS leaves them its registers.
     template <bool CAPPED, bool FIRST>
     __device__ __forceinline__ void begin_step(
         float (&dk)[kDN][4], float (&x)[kN][4], float (&dz)[kN][4], uint32_t (&ds)[kK][4]) {
