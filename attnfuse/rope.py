@@ -237,7 +237,10 @@ def _backward(
             programs += own
     if programs:
         with on_device_of(live[0].y.ptr):
-            qk_norm_rope_bwd[(programs,)](*parts, eps, steps, **_constants(live, interleaved), num_warps=WARPS)
+            asked = [part is not None for part in parts]
+            qk_norm_rope_bwd[(programs,)](
+                *parts, eps, steps, *asked, **_constants(live, interleaved), num_warps=WARPS
+            )  # fmt: skip
     found = [part.grad_x.ptr for part, need in zip(parts, needs) if need]
     for part, weight, need in zip(parts, (q_weight, k_weight), needs[2:]):
         if need:

@@ -556,8 +556,8 @@ def reading(arch, name, dtype, dim, half, interleaved):
     triton.runtime.driver.set_active(stand_in(arch))
     kernel = kernels.qk_norm_rope_bwd if backward else kernels.qk_norm_rope_fwd
     compiled = kernel.warmup(
-        *parts, 1e-6, *([99] if backward else []), grid=(1,), HALF=half, HALF_PAD=half_pad, TAIL=dim - 2 * half,
-        TAIL_PAD=tail_pad, BLOCK=block, ALIGN=math.gcd(16, dim), TABLE_ALIGN=math.gcd(16, half),
+        *parts, 1e-6, *([99, True, True] if backward else []), grid=(1,), HALF=half, HALF_PAD=half_pad,
+        TAIL=dim - 2 * half, TAIL_PAD=tail_pad, BLOCK=block, ALIGN=math.gcd(16, dim), TABLE_ALIGN=math.gcd(16, half),
         INTERLEAVED=interleaved, num_warps=kernels.WARPS,
     )
     (function,) = functions(compiled.asm["cubin"])

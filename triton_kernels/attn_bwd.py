@@ -106,7 +106,7 @@ def dq_tile(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add columns start .. start + BLOCK_N to dq and to the row sums of `attn_bwd_dq`."""
-    FOLDS: tl.constexpr = folds(source, shared, slope)
+    FOLDS: tl.constexpr = folds(shared.rising, shared.to_cap, slope, source.pairs)
     j = start + tl.arange(0, BLOCK_N)
     columns_seen = None
     if MASKED:
@@ -264,7 +264,7 @@ def dkdv_tile(
     PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Add rows start .. start + BLOCK_M of head h to dk and dv; and, unless it is None, their dq of k to dq_sum."""
-    FOLDS: tl.constexpr = folds(source, shared, slope)
+    FOLDS: tl.constexpr = folds(shared.rising, shared.to_cap, slope, source.pairs)
     i = start + tl.arange(0, BLOCK_M)
     at = (tl.cast(b, tl.int64) * shared.heads + h) * shared.rows + i
     if MASKED:

@@ -50,7 +50,7 @@ def attend_tile(
 
     keys and values are pointers, or descriptors if DESCRIBED, which a masked tile must not be.
     """
-    FOLDS: tl.constexpr = folds(source, shared, slope)
+    FOLDS: tl.constexpr = folds(shared.rising, shared.to_cap, slope, source.pairs)
     j = start + tl.arange(0, BLOCK_N)
     if MASKED:
         columns_seen = seen_columns(source, b, j, 0, hi)

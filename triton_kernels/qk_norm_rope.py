@@ -278,20 +278,23 @@ def qk_norm_rope_fwd(
 
 @triton.jit
 def qk_norm_rope_bwd(
-    query, key, eps, steps,
+    query, key, eps, steps, QUERY: tl.constexpr, KEY: tl.constexpr,
     HALF: tl.constexpr, HALF_PAD: tl.constexpr, TAIL: tl.constexpr, TAIL_PAD: tl.constexpr,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr, TABLE_ALIGN: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """grad_x and partial of the query and the key, either of them None if nothing of it is asked for."""
+    """grad_x and partial of the query if QUERY, and of the key if KEY: else it is None.
+
+    Told apart by these, since to Triton 3.6 a tuple with a None in it is neither None nor not None.
+    """
     program = tl.program_id(0)
     first_key = 0
-    if query is not None:
+    if QUERY:
         first_key = query.programs
         if program < query.programs:
             backward_part(
                 query, eps, program, steps, HALF, HALF_PAD, TAIL, TAIL_PAD, BLOCK, ALIGN, TABLE_ALIGN, INTERLEAVED
             )  # fmt: skip
-    if key is not None:
+    if KEY:
         if program >= first_key:
             backward_part(
                 key, eps, program - first_key, steps, HALF, HALF_PAD, TAIL, TAIL_PAD, BLOCK, ALIGN, TABLE_ALIGN,

@@ -31,7 +31,7 @@ class Strided(NamedTuple):
     batch: Any
     head: Any
     row: Any
-    column: Any = None
+    column: Any = 1  # not None: to Triton 3.6 a tuple with a None in it is neither None nor not None
 
 
 class Shared(NamedTuple):
@@ -347,11 +347,10 @@ def logits(dots, shared, bias, slope, pairs, i, j, offset):
     return z, slack
 
 
-@triton.jit
-def folds(source, shared, slope):
+@triton.constexpr_function
+def folds(rising, to_cap, slope, pairs):
     """Whether z is to_units (q . k) + bias with to_units > 0: then neither its maximum nor its exponential needs z."""
-    plain: tl.constexpr = shared.rising is not None and shared.to_cap is None and slope is None
-    return plain and source.pairs is None
+    return rising is not None and to_cap is None and slope is None and pairs is None
 
 
 @triton.jit
