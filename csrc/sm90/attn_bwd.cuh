@@ -644,8 +644,8 @@ TileShape backward_tile_shape() {
         Tile::kColumns,
         Tile::kThreads,
         Tile::kSharedBytes,
-        Tile::kStaged ? "wgmma and tensor copies, dQ added by bulk copies"
-                      : "wgmma and tensor copies, dQ added by atomics"};
+        Tile::kStaged ? "wgmma and tensor copies; dQ added by bulk copies, or made by attn_bwd_dq"
+                      : "wgmma and tensor copies; dQ added by atomics, or made by attn_bwd_dq"};
 }
 
 // In the order of launch.
