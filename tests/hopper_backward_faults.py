@@ -95,35 +95,42 @@ FAULTS = [
     Fault("there is no end", _ROWS, "ToldRows{ToldRows::kEnd, 0, 0.0f, 0, 0}", "ToldRows{0, 0, 0.0f, 0, 0}"),
 ]  # fmt: skip
 
-MIDDLE_FAULTS = [
-    Fault("K is overwritten while the other group reads it", _BWD, "            wait_free();  // likewise\n", ""),
-    Fault("no proxy fence behind cleared columns", _BWD, "        proxy_fence();\n        named_barrier_sync(kCleared, 256);", "        named_barrier_sync(kCleared, 256);"),
-    Fault("dead rows beyond the first 64 are never cleared", _TILES, "return live[0] != below(there) || live[1] != below(there - 64);", "return live[0] != below(there);"),
+# Of tiles one after another, which 128 and 256 have in common.
+_STEP_FAULTS = [
     Fault("S^T is used a group too early", _BWD, "        wgmma_wait<1>(x);\n", "        wgmma_wait<2>(x);\n"),
-    Fault("dS is overwritten while the other group reads it", _BWD, "            wait_free();\n            store", "            store"),
-    Fault("dQ^T is used a group too early", _BWD, "                    wgmma_wait<1>(dv, weights, dq);", "                    wgmma_wait<2>(dv, weights, dq);"),
-    Fault("dK is used a group too early", _BWD, "            wgmma_wait<0>(dk, ds);\n", "            wgmma_wait<1>(dk, ds);\n"),
-    Fault("K's rows 8 at a time for dQ^T", _BWD, "wgmma_left_transposed<T>(dq, further(keys, k * 2048)", "wgmma_left_transposed<T>(dq, further(keys, k * 1024)"),
+    Fault("dP^T is used a group too early", _BWD, "        uint32_t weights[kK][4];\n        ToldRows after;\n        wgmma_wait<0>(dz);", "        uint32_t weights[kK][4];\n        ToldRows after;\n        wgmma_wait<1>(dz);"),
+    Fault("dO is read before it has landed", _BWD, "        wait_for_grad();\n        issue_grad_scores", "        issue_grad_scores"),
+    Fault("dS is written before the other group is done", _BWD, "            wait_free();\n            store", "            store"),
+    Fault("dS is read before all of it is there", _BWD, "            named_barrier_sync(kThere, 256);\n", ""),
+    Fault("no proxy fence behind dS", _BWD, "            proxy_fence();\n            named_barrier_sync(kThere, 256);", "            named_barrier_sync(kThere, 256);"),
+    Fault("dS is not swizzled", _BWD, "matrix % 2 ^ r) * 16)", "matrix % 2) * 16)"),
+    Fault("Q is released before dK's product is complete", _BWD, "            wgmma_wait<0>(dk, ds);\n", "            release(memory.query_empty(queries.stage()));\n            wgmma_wait<0>(dk, ds);\n"),
+    Fault("the fence leaves dQ out", _BWD, "        } else {\n            wgmma_fence(dq);\n        }\n#pragma", "        }\n#pragma"),
     Fault("the groups' halves of K are one", _BWD, "D == 64 ? 0 : D / Tile::kConsumers * group; }", "0; }"),
 ]  # fmt: skip
 
+MIDDLE_FAULTS = [
+    *_STEP_FAULTS,
+    Fault("K is overwritten while the other group reads it", _BWD, "            wait_free();  // likewise\n", ""),
+    Fault("no proxy fence behind cleared columns", _BWD, "        proxy_fence();\n        named_barrier_sync(kCleared, 256);", "        named_barrier_sync(kCleared, 256);"),
+    Fault("dead rows beyond the first 64 are never cleared", _TILES, "return live[0] != below(there) || live[1] != below(there - 64);", "return live[0] != below(there);"),
+    Fault("dQ^T is used a group too early", _BWD, "                    wgmma_wait<1>(dv, weights, dq);", "                    wgmma_wait<2>(dv, weights, dq);"),
+    Fault("dK is used a group too early", _BWD, "            wgmma_wait<0>(dk, ds);\n", "            wgmma_wait<1>(dk, ds);\n"),
+    Fault("K's rows 8 at a time for dQ^T", _BWD, "wgmma_left_transposed<T>(dq, further(keys, k * 2048)", "wgmma_left_transposed<T>(dq, further(keys, k * 1024)"),
+]  # fmt: skip
+
 WIDE_FAULTS = [
-    Fault("S^T is used a group too early", _BWD, "        wgmma_wait<1>(x);\n", "        wgmma_wait<2>(x);\n"),
+    *_STEP_FAULTS,
     Fault("S^T is used a group too early for dV", _BWD, "        wgmma_wait<0>(x[0]);\n", "        wgmma_wait<1>(x[0]);\n"),
-    Fault("dO is read before it has landed", _BWD, "        wait_for_grad();\n        issue_grad_scores", "        issue_grad_scores"),
     Fault("dO is read before it has landed, for dV", _BWD, "        wait_for_grad();\n        wgmma_wait<0>(x[0]);\n", "        wgmma_wait<0>(x[0]);\n"),
-    Fault("dS overwrites dO while the other group reads it", _BWD, "            wait_free();\n            store", "            store"),
     Fault("dO is given free before dP^T is complete", _BWD, "        wgmma_wait<0>(dz);\n        if constexpr (Tile::kShares) {\n            adds ? give_free() : release(memory.grad_empty(grads.stage()));\n        }\n", "        if constexpr (Tile::kShares) {\n            adds ? give_free() : release(memory.grad_empty(grads.stage()));\n        }\n        wgmma_wait<0>(dz);\n"),
     Fault("dO is copied over dS", _BWD, "            adds ? give_free() : release(memory.grad_empty(grads.stage()));\n", "            give_free();\n            release(memory.grad_empty(grads.stage()));\n"),
     Fault("dS is released before dQ's product is complete", _BWD, "            named_barrier_sync(kThere, 256);\n            issue_query(dq);", "            named_barrier_sync(kThere, 256);\n            release(memory.grad_empty(grads.stage()));\n            issue_query(dq);"),
     Fault("dO is copied over before it was released", _ROWS, "            wait_together(memory.grad_empty(grad_stage), 1 - grads.parity());\n", ""),
     Fault("K is overwritten while the other group reads it", _BWD, "            named_barrier_sync(kThere, 256);  // the other group reads K no more\n", "            ;\n"),
     Fault("dQ is used a group too early", _BWD, "                    wgmma_wait<1>(dq);", "                    wgmma_wait<2>(dq);"),
-    Fault("Q is released before dK's product is complete", _BWD, "            wgmma_wait<0>(dk, ds);\n", "            release(memory.query_empty(queries.stage()));\n            wgmma_wait<0>(dk, ds);\n"),
     Fault("Q is released before dV's product is complete", _BWD, "        wgmma_wait<0>(dv, weights);\n        warp_sync();  // all lanes have read lse\n        release(memory.query_empty(queries.stage()));\n", "        release(memory.query_empty(queries.stage()));\n        wgmma_wait<0>(dv, weights);\n        warp_sync();\n"),
-    Fault("the fence leaves dQ out", _BWD, "        } else {\n            wgmma_fence(dq);\n        }\n#pragma", "        }\n#pragma"),
     Fault("K's rows 8 at a time for dQ", _BWD, "wgmma_transposed<T>(dq, ds_k, further(keys, k * 2048), k != 0);", "wgmma_transposed<T>(dq, ds_k, further(keys, k * 1024), k != 0);"),
-    Fault("the groups' halves of K are one", _BWD, "D == 64 ? 0 : D / Tile::kConsumers * group; }", "0; }"),
     Fault("warps add 8 rows apart", _BWD, "stride_by(warp_index() % 4, p.shape.dim_padded / 8)", "stride_by(warp_index() % 4, p.shape.dim_padded / 16)"),
     Fault("what is kept of K is of the first box", _LEFT, "ldmatrix_x4(kept[k], matrix + k / 4 * box_bytes + ", "ldmatrix_x4(kept[k], matrix + "),
     Fault("dQ leaves its fragments by columns", _SUM, "chunk(row + i % 2 * 8 + lane_index() / 4, d / 8 + i / 2)", "chunk(row + i / 2 * 8 + lane_index() / 4, d / 8 + i % 2)"),
