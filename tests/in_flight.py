@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from attnfuse.machine.flow import Flow
+from attnfuse.machine.model import WARP, shared_bytes
 from attnfuse.machine.sass import Instruction
 
 
@@ -39,7 +40,8 @@ def product_of(x: Instruction) -> Product:
 
 def touched(x: Instruction) -> tuple[set[int], set[int]]:
     """Registers that may be written to, and those that are named at all, an address or an operand of any width."""
-    wide = 4 if re.search(r"\.128|x4\b|\.4$|\.4\.", x.name) else 2 if re.search(r"\.64|WIDE|CS2R", x.name) else 1
+    moved = int(shared_bytes(x)) // (4 * WARP)  # registers of a load, a store or an atomic
+    wide = 2 if "WIDE" in x.name or x.opcode == "CS2R" else max(moved, 1)
     written: set[int] = set()
     named: set[int] = set()
     for n, operand in enumerate(x.operands.split(",")):

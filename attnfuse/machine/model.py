@@ -182,7 +182,7 @@ def cost(loop: Loop, work: Work, arch: int, bulk: bool = True, reduces: bool = T
         # tf32 runs at half the rate.
         if any("TF32" in x.name for x in path):
             tensor *= 2
-    shared = sum(_shared_bytes(x) for x in path) * work.warps
+    shared = sum(shared_bytes(x) for x in path) * work.warps
     if work.copied and bulk and not any(x.opcode == "LDGSTS" for x in path):
         shared += work.copied * tiles
     if reduces:
@@ -212,7 +212,7 @@ def cost(loop: Loop, work: Work, arch: int, bulk: bool = True, reduces: bool = T
 def _tiles(path: Sequence[Instruction], work: Work, flops: float) -> int:
     """How many tiles an iteration works on: by what it copies, else by its products. Both may count more than a tile,
     copies by what comes beside it, products by what is computed twice."""
-    copied = sum(_shared_bytes(x) for x in path if x.opcode == "LDGSTS" and x.name.endswith(".128")) * work.warps
+    copied = sum(shared_bytes(x) for x in path if x.opcode == "LDGSTS" and x.name.endswith(".128")) * work.warps
     if copied and work.copied:
         return max(1, int(copied / work.copied))
     return max(1, int(flops / work.flops + 0.01)) if work.flops and not copied else 1
@@ -244,7 +244,7 @@ def _flops(x: Instruction) -> float:
     return 0
 
 
-def _shared_bytes(x: Instruction) -> float:
+def shared_bytes(x: Instruction) -> float:
     """Bytes a warp's instruction moves through L1 and shared memory; 0 for what is bulk, which does not say."""
     if x.opcode == "HGMMA":
         shape = _SHAPE.search(x.name)
